@@ -1,0 +1,9 @@
+"""Multi-head attention for Keras 3, correct on TensorFlow, JAX and PyTorch."""
+
+from keras_mha import masks
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.ops.dot_product_attention import dot_product_attention
+
+__version__ = "0.1.0"
+
+__all__ = ["MultiHeadAttention", "__version__", "dot_product_attention", "masks"]

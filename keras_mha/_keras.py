@@ -1,0 +1,60 @@
+"""What this package needs of Keras and Keras does not export, in one place."""
+
+from typing import Any, TypeAlias
+
+import keras
+
+Tensor: TypeAlias = Any
+"""A tensor of the current backend, a NumPy array or a `keras.KerasTensor`."""
+
+Shape: TypeAlias = tuple[int | None, ...]
+"""A tensor's shape; `None` where a length is not known yet."""
+
+try:
+    # Keras keeps the mask of a tensor that takes no attributes (a JAX array) in a
+    # table of its own, which only these two reach.
+    from keras.src.backend import get_keras_mask, set_keras_mask
+except ImportError:  # Keras before 3.7: the mask is always an attribute.
+
+    def get_keras_mask(x: Tensor) -> Tensor | None:
+        """Returns the mask that `x` carries, or `None`."""
+        return getattr(x, "_keras_mask", None)
+
+    def set_keras_mask(x: Tensor, mask: Tensor | None) -> None:
+        """Makes `x` carry `mask`."""
+        try:
+            x._keras_mask = mask
+        except AttributeError:
+            pass
+
+
+def is_symbolic(x: object) -> bool:
+    """Whether `x` is a placeholder of a Functional model under construction."""
+    return isinstance(x, keras.KerasTensor)
+
+
+def dtype_name(x: Tensor) -> str:
+    """Returns the dtype of `x` as Keras spells it, such as `"float32"`."""
+    return keras.backend.standardize_dtype(x.dtype)
+
+
+def is_float(x: Tensor) -> bool:
+    """Whether `x` holds floating-point numbers."""
+    return "float" in dtype_name(x)
+
+
+def is_integer(x: Tensor) -> bool:
+    """Whether `x` holds whole numbers (booleans do not count)."""
+    return "int" in dtype_name(x)
+
+
+__all__ = [
+    "Shape",
+    "Tensor",
+    "dtype_name",
+    "get_keras_mask",
+    "is_float",
+    "is_integer",
+    "is_symbolic",
+    "set_keras_mask",
+]

@@ -1,0 +1,1 @@
+"""Ways to compute attention. A kernel takes an `AttentionCall` and knows no layer."""

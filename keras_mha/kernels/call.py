@@ -1,0 +1,47 @@
+"""One call of attention, as the planner and every kernel see it."""
+
+from dataclasses import dataclass
+
+from keras.random import SeedGenerator
+
+from keras_mha._keras import Shape, Tensor
+from keras_mha.masks import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What `dot_product_attention` was asked for, checked and with defaults filled in.
+
+    Args:
+        query: Shape `(B, T, N, H)`.
+        key: Shape `(B, S, K, H)`, where `N` is a multiple of `K`; query head `n`
+            reads key and value head `n // (N / K)`.
+        value: Shape `(B, S, K, V)`.
+        mask: Who may attend to whom; `None` for everybody.
+        bias: Added to the scaled scores; four axes that broadcast to `(B, N, T, S)`.
+        scale: Factor of the dot products.
+        logit_soft_cap: Scores become `cap * tanh(scores / cap)`; `None` for no cap.
+        sink: A logit for each head, shape `(N,)`, that joins the softmax and has
+            neither key nor value; `None` for none.
+        dropout: Share of the attention weights to drop.
+        seed: Where dropout's random numbers come from.
+        return_scores: Whether the caller wants the attention weights.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    logit_soft_cap: float | None = None
+    sink: Tensor | None = None
+    dropout: float = 0.0
+    seed: int | SeedGenerator | None = None
+    return_scores: bool = False
+
+    @property
+    def scores_shape(self) -> Shape:
+        """`(B, N, T, S)`."""
+        batch, rows, heads, _ = self.query.shape
+        return batch, heads, rows, self.key.shape[1]

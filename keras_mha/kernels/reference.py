@@ -1,0 +1,111 @@
+"""Attention as the formula is written, with all T x S scores at once: the definition.
+
+Every other kernel is held to this one, and only this one can return the scores:
+
+    logits  = query . key * scale
+    logits  = cap * tanh(logits / cap)                   with a soft cap
+    logits  = logits + bias
+    weights = softmax(logits where the mask allows)      with a sink: one more column
+    output  = dropout(weights) . value
+
+A row whose every key is masked (or has a bias of minus infinity) gets weights of 0,
+and so do the gradients through it. float16 and bfloat16 are computed in float32.
+
+References:
+    Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
+"""
+
+import keras
+from keras import ops
+
+from keras_mha._keras import Tensor
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.masks import whole_tile
+
+# Far below any score, and finite, so that no row turns into inf - inf.
+_LOWEST = -1e30
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Runs one call of attention.
+
+    Returns:
+        The output, shape `(B, T, N, V)`, and the attention weights before dropout,
+        shape `(B, N, T, S)`, or `None` if the call does not ask for them.
+    """
+    dtype = call.query.dtype
+    logits = _logits(call)
+    allowed = _allowed(call, logits)
+    weights = _masked_softmax(logits, allowed, call.sink)
+    dropped = weights
+    if call.dropout > 0:
+        dropped = keras.random.dropout(weights, call.dropout, seed=call.seed)
+    output = ops.cast(_weighted_values(dropped, call.value), dtype)
+    return output, ops.cast(weights, dtype) if call.return_scores else None
+
+
+def _logits(call: AttentionCall) -> Tensor:
+    query, key = _accurate(call.query), _accurate(call.key)
+    logits = _query_dot_key(query * ops.cast(call.scale, query.dtype), key)
+    if call.logit_soft_cap is not None:
+        logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
+    if call.bias is not None:
+        logits = logits + ops.cast(call.bias, logits.dtype)
+    return logits
+
+
+def _allowed(call: AttentionCall, logits: Tensor) -> Tensor | None:
+    """Returns who may attend, broadcastable to the logits; `None` for everybody."""
+    allowed = None
+    if call.mask is not None:
+        rows, columns = ops.shape(call.query)[1], ops.shape(call.key)[1]
+        allowed = call.mask.block(whole_tile(rows, columns))
+    if call.bias is not None:
+        finite = logits > _LOWEST
+        allowed = finite if allowed is None else ops.logical_and(allowed, finite)
+    return allowed
+
+
+def _masked_softmax(
+    logits: Tensor, allowed: Tensor | None, sink: Tensor | None
+) -> Tensor:
+    if allowed is not None:
+        logits = ops.where(allowed, logits, ops.cast(_LOWEST, logits.dtype))
+    if sink is None:
+        weights = ops.softmax(logits, axis=-1)
+    else:
+        sink = ops.reshape(ops.cast(sink, logits.dtype), (1, -1, 1, 1))
+        column = ops.zeros_like(logits[..., :1]) + sink
+        weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
+        weights = weights[..., :-1]
+    if allowed is not None:
+        weights = ops.where(allowed, weights, ops.cast(0, weights.dtype))
+    return weights
+
+
+def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
+    """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
+    batch, rows, heads, width = ops.shape(query)
+    columns, groups = ops.shape(key)[1:3]
+    if groups == heads:
+        return ops.einsum("btnh,bsnh->bnts", query, key)
+    query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
+    logits = ops.einsum("btkgh,bskh->bkgts", query, key)
+    return ops.reshape(logits, (batch, heads, rows, columns))
+
+
+def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
+    """`(B, N, T, S), (B, S, K, V) -> (B, T, N, V)`."""
+    value = ops.cast(value, weights.dtype)
+    batch, heads, rows, columns = ops.shape(weights)
+    groups, width = ops.shape(value)[2:]
+    if groups == heads:
+        return ops.einsum("bnts,bsnv->btnv", weights, value)
+    weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
+    output = ops.einsum("bkgts,bskv->btkgv", weights, value)
+    return ops.reshape(output, (batch, rows, heads, width))
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """Casts half precision to float32 and leaves float32 and float64 alone."""
+    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))

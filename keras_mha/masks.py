@@ -1,0 +1,518 @@
+"""Masks as objects: who may attend to whom, answered a tile at a time.
+
+Row `i` of the score matrix is a query, column `j` a key, and `True` means that the
+query may attend to the key. A mask never builds the whole matrix by itself: a kernel
+asks it about a `Tile`, first what the tile is (`status`: empty, full or mixed), which
+costs nothing, and only for a mixed tile its booleans (`block`).
+
+Masks compose with `&`, `|` and `~`:
+
+>>> window = masks.Causal() & masks.SlidingWindow(512)
+>>> prefix = masks.Causal() | masks.Prefix(16)
+"""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_mha import _checks
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    dtype_name,
+    is_float,
+    is_integer,
+    is_symbolic,
+)
+
+Status = Literal["empty", "full", "mixed"]
+"""What a mask says of a tile: no pair may attend, every pair may, or it depends."""
+
+
+class Tile(NamedTuple):
+    """A rectangle of the score matrix.
+
+    Args:
+        row: First query position. An int, or a scalar tensor inside a loop.
+        rows: Number of query positions.
+        column: First key position. An int, or a scalar tensor inside a loop.
+        columns: Number of key positions.
+        whole: Whether the tile is the whole matrix, so that nothing need be cut.
+    """
+
+    row: Any
+    rows: Any
+    column: Any
+    columns: Any
+    whole: bool = False
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all four numbers are known now."""
+        return all(isinstance(number, int) for number in self[:4])
+
+    @property
+    def row_indices(self) -> Tensor:
+        """The query positions, int32, shape `(rows, 1)`."""
+        return ops.reshape(ops.arange(self.rows, dtype="int32") + self.row, (-1, 1))
+
+    @property
+    def column_indices(self) -> Tensor:
+        """The key positions, int32, shape `(1, columns)`."""
+        return ops.reshape(
+            ops.arange(self.columns, dtype="int32") + self.column, (1, -1)
+        )
+
+    def cut_rows(self, x: Tensor, axis: int) -> Tensor:
+        """Cuts the tile's rows out of `x`; an axis of length 1 stays, to broadcast."""
+        return x if self.whole else _cut(x, axis, self.row, self.rows)
+
+    def cut_columns(self, x: Tensor, axis: int) -> Tensor:
+        """Cuts the tile's columns out of `x`; an axis of length 1 stays."""
+        return x if self.whole else _cut(x, axis, self.column, self.columns)
+
+
+def whole_tile(rows: Any, columns: Any) -> Tile:
+    """Returns the tile that is the whole score matrix."""
+    return Tile(0, rows, 0, columns, whole=True)
+
+
+def _cut(x: Tensor, axis: int, start: Any, size: Any) -> Tensor:
+    if x.shape[axis] == 1:
+        return x
+    starts = [0] * len(x.shape)
+    sizes = list(ops.shape(x))
+    starts[axis], sizes[axis] = start, size
+    return ops.slice(x, starts, sizes)
+
+
+class Mask:
+    """Base of all masks: says for every query and key whether they may attend.
+
+    A new kind of mask implements `allowed` (from positions alone) or `block` (from
+    data it holds), and may implement `status` to let kernels skip tiles.
+
+    Example:
+
+    >>> class Dilated(keras_mha.masks.Mask):
+    ...     def allowed(self, rows, columns):
+    ...         return (rows - columns) % 2 == 0
+    >>> layer(x, attention_mask=Dilated() & keras_mha.masks.Causal())
+    """
+
+    def allowed(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Says who may attend, from positions alone.
+
+        Args:
+            rows: Query positions, int32, shape `(rows, 1)`.
+            columns: Key positions, int32, shape `(1, columns)`.
+
+        Returns:
+            Booleans that broadcast to `(batch, heads, rows, columns)`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `allowed(rows, columns)` "
+            "or `block(tile)`."
+        )
+
+    def block(self, tile: Tile) -> Tensor:
+        """Returns the tile's booleans, broadcastable to `(B, N, rows, columns)`."""
+        return self.allowed(tile.row_indices, tile.column_indices)
+
+    def status(self, tile: Tile) -> Status:
+        """Says what is known of a tile without computing its booleans."""
+        return "mixed"
+
+    def check(self, scores_shape: Shape) -> None:
+        """Raises a `ValueError` if the mask cannot mask scores of this shape."""
+
+    def __and__(self, other: "Mask | Tensor") -> "Mask":
+        return And(self, as_mask(other))
+
+    def __rand__(self, other: "Mask | Tensor") -> "Mask":
+        return And(as_mask(other), self)
+
+    def __or__(self, other: "Mask | Tensor") -> "Mask":
+        return Or(self, as_mask(other))
+
+    def __ror__(self, other: "Mask | Tensor") -> "Mask":
+        return Or(as_mask(other), self)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    # NumPy arrays on the left of `&` must leave the operation to the mask.
+    __array_ufunc__ = None
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns what `from_config` needs to make the same mask again."""
+        if not dataclasses.is_dataclass(self):
+            raise NotImplementedError(
+                f"{type(self).__name__} must implement `get_config()` (or be a "
+                "dataclass) and be registered with "
+                "`keras.saving.register_keras_serializable()` to be saved."
+            )
+        return {
+            field.name: keras.saving.serialize_keras_object(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Mask":
+        """Makes the mask again that `get_config` described."""
+        return cls(
+            **{
+                name: keras.saving.deserialize_keras_object(value)
+                for name, value in config.items()
+            }
+        )
+
+
+_serializable = keras.saving.register_keras_serializable(package="keras_mha")
+_mask = dataclass(frozen=True, eq=False)
+
+
+@_serializable
+@_mask
+class Causal(Mask):
+    """Query `i` sees the keys `j <= i + offset`.
+
+    Args:
+        offset: How many keys stand before the first query: an int, or an int tensor
+            of shape `(B,)` with one for each row of the batch. Defaults to 0.
+    """
+
+    offset: int | Tensor = 0
+
+    def __post_init__(self):
+        _check_int_or_vector(self, "offset")
+
+    def allowed(self, rows, columns):
+        return columns <= rows + _per_batch_row(self.offset)
+
+    def status(self, tile):
+        if not (tile.is_static and isinstance(self.offset, int)):
+            return "mixed"
+        last_row, last_column = tile.row + tile.rows - 1, tile.column + tile.columns - 1
+        if last_column <= tile.row + self.offset:
+            return "full"
+        return "empty" if tile.column > last_row + self.offset else "mixed"
+
+    def check(self, scores_shape):
+        _check_vector(self, "offset", scores_shape)
+
+
+@_serializable
+@_mask
+class SlidingWindow(Mask):
+    """Query `i` sees the keys `j` with `|i - j| < size`, on both sides.
+
+    Args:
+        size: Number of keys on either side, the query's own position included.
+
+    References:
+        Beltagy et al., 2020, Longformer: https://arxiv.org/abs/2004.05150
+    """
+
+    size: int
+
+    def __post_init__(self):
+        size = _checks.positive_integer("size", self.size)
+        object.__setattr__(self, "size", size)
+
+    def allowed(self, rows, columns):
+        return ops.abs(rows - columns) < self.size
+
+    def status(self, tile):
+        if not tile.is_static:
+            return "mixed"
+        last_row, last_column = tile.row + tile.rows - 1, tile.column + tile.columns - 1
+        if max(last_row - tile.column, last_column - tile.row) < self.size:
+            return "full"
+        nearest = max(tile.column - last_row, tile.row - last_column)
+        return "empty" if nearest >= self.size else "mixed"
+
+
+@_serializable
+@_mask
+class Prefix(Mask):
+    """Every query sees the first `n` keys: `Causal() | Prefix(n)` is a prefix LM.
+
+    Args:
+        n: Length of the prefix: an int, or an int tensor of shape `(B,)` with one for
+            each row of the batch.
+
+    References:
+        Raffel et al., 2020, T5: https://arxiv.org/abs/1910.10683
+    """
+
+    n: int | Tensor
+
+    def __post_init__(self):
+        _check_int_or_vector(self, "n", minimum=0)
+
+    def allowed(self, rows, columns):
+        return columns < _per_batch_row(self.n)
+
+    def status(self, tile):
+        if not (tile.is_static and isinstance(self.n, int)):
+            return "mixed"
+        if tile.column + tile.columns <= self.n:
+            return "full"
+        return "empty" if tile.column >= self.n else "mixed"
+
+    def check(self, scores_shape):
+        _check_vector(self, "n", scores_shape)
+
+
+@_serializable
+@_mask
+class Padding(Mask):
+    """Every query sees the valid keys.
+
+    Args:
+        valid: Booleans of shape `(B, S)`, `True` where the key is a real token.
+    """
+
+    valid: Tensor
+
+    def __post_init__(self):
+        _hold_tensor(self, "valid", rank=2)
+
+    def block(self, tile):
+        valid = ops.cast(self.valid, "bool")
+        return tile.cut_columns(valid, 1)[:, None, None, :]
+
+    def check(self, scores_shape):
+        batch, _, _, columns = scores_shape
+        _check_shape(self, "valid", self.valid, (batch, columns))
+
+
+@_serializable
+@_mask
+class Segments(Mask):
+    """Packed sequences: a query sees the keys of its own segment.
+
+    Args:
+        query_ids: Whole numbers of shape `(B, T)`, the segment of each query.
+        key_ids: Whole numbers of shape `(B, S)`, the segment of each key. Defaults to
+            `query_ids`. No number is special; 0 is a segment like any other.
+    """
+
+    query_ids: Tensor
+    key_ids: Tensor | None = None
+
+    def __post_init__(self):
+        if self.key_ids is None:
+            object.__setattr__(self, "key_ids", self.query_ids)
+        for name in ("query_ids", "key_ids"):
+            _hold_tensor(self, name, rank=2)
+            if not is_integer(getattr(self, name)):
+                raise TypeError(
+                    f"`{name}` of Segments must hold whole numbers. "
+                    f"Received: dtype {dtype_name(getattr(self, name))}"
+                )
+
+    def block(self, tile):
+        rows = tile.cut_rows(ops.cast(self.query_ids, "int32"), 1)
+        columns = tile.cut_columns(ops.cast(self.key_ids, "int32"), 1)
+        return rows[:, None, :, None] == columns[:, None, None, :]
+
+    def check(self, scores_shape):
+        batch, _, rows, columns = scores_shape
+        _check_shape(self, "query_ids", self.query_ids, (batch, rows))
+        _check_shape(self, "key_ids", self.key_ids, (batch, columns))
+
+
+@_serializable
+@_mask
+class Dense(Mask):
+    """A mask that is already there as booleans.
+
+    Args:
+        values: Booleans of shape `(T, S)`, `(B, T, S)` or `(B, N, T, S)`, `True` where
+            the query may attend to the key; any length may be 1, to broadcast. Whole
+            numbers count as booleans. Floating-point numbers do too (non-zero means
+            "may attend", as in Keras), with a warning: a mask that is to be added to
+            the scores is a bias.
+    """
+
+    values: Tensor
+
+    def __post_init__(self):
+        _hold_tensor(self, "values")
+        shape = tuple(self.values.shape)
+        if not 2 <= len(shape) <= 4:
+            raise ValueError(
+                "A mask must have the shape (T, S), (B, T, S) or (B, N, T, S). "
+                f"Received: shape {shape}"
+            )
+        if is_float(self.values):
+            warnings.warn(
+                "A mask of floating-point numbers is taken as booleans: non-zero means "
+                '"may attend". A mask that is to be added to the scores belongs in '
+                "`attention_bias` (`bias` of `dot_product_attention`).",
+                stacklevel=4,
+            )
+
+    def block(self, tile):
+        values = ops.cast(self.values, "bool")
+        if len(values.shape) == 2:
+            values = values[None, None]
+        elif len(values.shape) == 3:
+            values = values[:, None]
+        return tile.cut_columns(tile.cut_rows(values, 2), 3)
+
+    def check(self, scores_shape):
+        check_dense_shape("mask", tuple(self.values.shape), scores_shape)
+
+
+@_serializable
+@_mask
+class And(Mask):
+    """Both masks allow it; written `left & right`."""
+
+    left: Mask
+    right: Mask
+
+    def block(self, tile):
+        return ops.logical_and(self.left.block(tile), self.right.block(tile))
+
+    def status(self, tile):
+        both = {self.left.status(tile), self.right.status(tile)}
+        if "empty" in both:
+            return "empty"
+        return "full" if both == {"full"} else "mixed"
+
+    def check(self, scores_shape):
+        self.left.check(scores_shape)
+        self.right.check(scores_shape)
+
+
+@_serializable
+@_mask
+class Or(Mask):
+    """At least one of the masks allows it; written `left | right`."""
+
+    left: Mask
+    right: Mask
+
+    def block(self, tile):
+        return ops.logical_or(self.left.block(tile), self.right.block(tile))
+
+    def status(self, tile):
+        both = {self.left.status(tile), self.right.status(tile)}
+        if "full" in both:
+            return "full"
+        return "empty" if both == {"empty"} else "mixed"
+
+    def check(self, scores_shape):
+        self.left.check(scores_shape)
+        self.right.check(scores_shape)
+
+
+@_serializable
+@_mask
+class Not(Mask):
+    """The mask forbids it; written `~mask`."""
+
+    mask: Mask
+
+    def block(self, tile):
+        return ops.logical_not(self.mask.block(tile))
+
+    def status(self, tile):
+        opposite = {"empty": "full", "full": "empty", "mixed": "mixed"}
+        return opposite[self.mask.status(tile)]
+
+    def check(self, scores_shape):
+        self.mask.check(scores_shape)
+
+
+def as_mask(value: Mask | Tensor) -> Mask:
+    """Returns a mask as it is, and an array or tensor of booleans as a `Dense` mask."""
+    return value if isinstance(value, Mask) else Dense(value)
+
+
+def check_dense_shape(name: str, shape: Shape, scores_shape: Shape) -> None:
+    """Raises if booleans of this shape cannot mask scores of shape `(B, N, T, S)`."""
+    full = (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+    if len(shape) < 2 or not _checks.broadcasts_to(full, scores_shape):
+        raise ValueError(
+            f"`{name}` must have the shape (T, S), (B, T, S) or (B, N, T, S) and "
+            f"broadcast to the scores, (B, N, T, S) = {tuple(scores_shape)}. "
+            f"Received: {name} of shape {tuple(shape)}"
+        )
+
+
+def intersect(*masks: Mask | None) -> Mask | None:
+    """Returns the mask that allows what all given masks allow; `None` allows all."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    result = given[0]
+    for mask in given[1:]:
+        result = And(result, mask)
+    return result
+
+
+def _hold_tensor(mask: Mask, name: str, rank: int | None = None) -> None:
+    """Makes the field `name` a tensor, once, and checks what can be seen of it."""
+    kind, value = type(mask).__name__, getattr(mask, name)
+    if is_symbolic(value):
+        raise TypeError(
+            f"`{name}` of {kind} cannot be a KerasTensor: a Functional model does not "
+            "look inside mask objects. Give the layer the tensor itself, as "
+            "`attention_mask=`, `query_mask=`, `value_mask=` or `segment_ids=`."
+        )
+    try:
+        value = ops.convert_to_tensor(value)
+    except Exception as error:
+        raise TypeError(
+            f"`{name}` of {kind} must be an array or a tensor. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
+        ) from error
+    if rank is not None and len(value.shape) != rank:
+        raise ValueError(
+            f"`{name}` of {kind} must have {rank} axes. "
+            f"Received: shape {tuple(value.shape)}"
+        )
+    object.__setattr__(mask, name, value)
+
+
+def _check_shape(mask: Mask, name: str, value: Tensor, expected: Shape) -> None:
+    if not _checks.broadcasts_to(tuple(value.shape), expected):
+        raise ValueError(
+            f"`{name}` of {type(mask).__name__} must have the shape {expected}. "
+            f"Received: shape {tuple(value.shape)}"
+        )
+
+
+def _check_int_or_vector(mask: Mask, name: str, minimum: int | None = None) -> None:
+    value = getattr(mask, name)
+    if hasattr(value, "shape") and len(value.shape) > 0:
+        _hold_tensor(mask, name, rank=1)
+        if not is_integer(getattr(mask, name)):
+            raise TypeError(
+                f"`{name}` of {type(mask).__name__} must hold whole numbers. "
+                f"Received: dtype {dtype_name(value)}"
+            )
+    else:
+        object.__setattr__(mask, name, _checks.integer(name, value, minimum))
+
+
+def _check_vector(mask: Mask, name: str, scores_shape: Shape) -> None:
+    value = getattr(mask, name)
+    if not isinstance(value, int):
+        _check_shape(mask, name, value, scores_shape[:1])
+
+
+def _per_batch_row(value: int | Tensor) -> int | Tensor:
+    """Shapes one number per row of the batch so that it broadcasts to the scores."""
+    if isinstance(value, int):
+        return value
+    return ops.reshape(ops.cast(value, "int32"), (-1, 1, 1, 1))

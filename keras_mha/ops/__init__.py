@@ -1,0 +1,1 @@
+"""Attention as a function: checks its inputs, asks the planner, runs one kernel."""

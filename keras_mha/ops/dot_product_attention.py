@@ -1,0 +1,269 @@
+"""Scaled dot-product attention on projected heads."""
+
+from typing import Any
+
+import keras
+from keras import ops
+from keras.random import SeedGenerator
+
+from keras_mha import _checks, masks
+from keras_mha._keras import Tensor, dtype_name, is_float, is_symbolic
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.ops import planner
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: masks.Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    logit_soft_cap: float | None = None,
+    sink: float | Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | SeedGenerator | None = None,
+    return_scores: bool = False,
+    implementation: planner.Implementation = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attends from queries to keys and returns the weighted values.
+
+        logits  = query . key * scale
+        logits  = cap * tanh(logits / cap)                   with a soft cap
+        weights = softmax((logits + bias) where the mask allows)
+        output  = dropout(weights) . value
+
+    A query that may attend to no key gets zeros, and zero gradients.
+
+    Args:
+        query: Shape `(B, T, N, H)`: batch, length, heads, width; floating point.
+        key: Shape `(B, S, K, H)`, where `N` is a multiple of `K`: query head `n`
+            reads key and value head `n // (N / K)` (grouped-query attention; with
+            `K = 1` multi-query attention). Same dtype as `query`.
+        value: Shape `(B, S, K, V)`. Same dtype as `query`.
+        mask: Who may attend to whom: a `keras_mha.masks.Mask`, or booleans (`True` =
+            may attend) of shape `(T, S)`, `(B, T, S)` or `(B, N, T, S)`.
+        bias: Floating-point numbers that broadcast to `(B, N, T, S)` as in NumPy and
+            are added to the scaled scores. Minus infinity masks.
+        scale: Factor of the dot products. Defaults to `1 / sqrt(H)`.
+        logit_soft_cap: Keeps the scores within plus and minus this number.
+        sink: A logit that joins every softmax without a key or a value, so that the
+            weights of a row may sum to less than 1: a number for all heads (0 gives
+            softmax1) or a tensor of shape `(N,)`.
+        dropout: Share of the attention weights to drop, at least 0 and below 1.
+        seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
+            the same weights in every call.
+        return_scores: Whether to return the attention weights too.
+        implementation: `"auto"` takes the fastest kernel that can run the call;
+            `"fused"` (the backend's own kernel) and `"reference"` (the formula, with
+            all scores in memory) demand one.
+
+    Returns:
+        The output, shape `(B, T, N, V)`, in the dtype of `query`; with
+        `return_scores=True` the pair of it and the attention weights after softmax and
+        before dropout, shape `(B, N, T, S)`. float16 and bfloat16 inputs are
+        normalised in float32.
+
+    Raises:
+        TypeError: If an argument is of a wrong type or dtype.
+        ValueError: If shapes do not fit together, a number is out of its range, or
+            the implementation asked for cannot run the call.
+
+    Example:
+
+    >>> query = keras.random.normal((2, 10, 8, 64))
+    >>> key = value = keras.random.normal((2, 12, 2, 64))
+    >>> keras_mha.dot_product_attention(query, key, value).shape
+    (2, 10, 8, 64)
+
+    References:
+        Vaswani et al., 2017: https://arxiv.org/abs/1706.03762
+        Ainslie et al., 2023 (grouped queries): https://arxiv.org/abs/2305.13245
+        Gemma Team, 2024 (soft cap): https://arxiv.org/abs/2408.00118
+        Xiao et al., 2023 (sinks): https://arxiv.org/abs/2309.17453
+    """
+    options = dict(
+        scale=scale,
+        logit_soft_cap=logit_soft_cap,
+        dropout=dropout,
+        seed=seed,
+        return_scores=return_scores,
+        implementation=implementation,
+    )
+    if any(is_symbolic(x) for x in (query, key, value, mask, bias, sink)):
+        operation = DotProductAttention(**options)
+        return operation.symbolic_call(
+            query, key, value, mask=mask, bias=bias, sink=sink
+        )
+    return _attend(query, key, value, mask=mask, bias=bias, sink=sink, **options)
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class DotProductAttention(keras.Operation):
+    """`dot_product_attention` as a node of a Functional model."""
+
+    def __init__(self, *, name: str | None = None, **options: Any):
+        super().__init__(name=name)
+        self.options = options
+
+    def call(self, query, key, value, mask=None, bias=None, sink=None):
+        return _attend(
+            query, key, value, mask=mask, bias=bias, sink=sink, **self.options
+        )
+
+    def compute_output_spec(self, query, key, value, mask=None, bias=None, sink=None):
+        options = dict(self.options)
+        implementation = options.pop("implementation")
+        call = _checked_call(
+            query, key, value, mask=mask, bias=bias, sink=sink, **options
+        )
+        planner.plan(call, implementation)
+        batch, rows, heads, _ = query.shape
+        output = keras.KerasTensor(
+            (batch, rows, heads, value.shape[-1]), dtype=query.dtype
+        )
+        if not call.return_scores:
+            return output
+        return output, keras.KerasTensor(call.scores_shape, dtype=query.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        seed = keras.saving.serialize_keras_object(self.options["seed"])
+        return {"name": self.name, **self.options, "seed": seed}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DotProductAttention":
+        seed = keras.saving.deserialize_keras_object(config["seed"])
+        return cls(**{**config, "seed": seed})
+
+
+def _attend(query, key, value, *, implementation, **arguments):
+    call = _checked_call(query, key, value, **arguments)
+    output, scores = planner.plan(call, implementation).kernel(call)
+    return (output, scores) if call.return_scores else output
+
+
+def _checked_call(
+    query,
+    key,
+    value,
+    *,
+    mask,
+    bias,
+    scale,
+    logit_soft_cap,
+    sink,
+    dropout,
+    seed,
+    return_scores,
+) -> AttentionCall:
+    """Checks the arguments, fills in the defaults and returns them as one call."""
+    query, key, value = (
+        _as_float_tensor(name, x)
+        for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    _check_shapes(query, key, value)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        mask=_as_mask(mask),
+        bias=None if bias is None else _as_bias(bias),
+        scale=_checks.number("scale", scale),
+        logit_soft_cap=None
+        if logit_soft_cap is None
+        else _checks.positive_number("logit_soft_cap", logit_soft_cap),
+        sink=None if sink is None else _as_sink(sink, query.shape[2]),
+        dropout=_checks.dropout_rate("dropout", dropout),
+        seed=seed,
+        return_scores=_checks.boolean("return_scores", return_scores),
+    )
+    _check_seed(seed)
+    if isinstance(call.mask, masks.Mask):
+        call.mask.check(call.scores_shape)
+    elif call.mask is not None:
+        masks.check_dense_shape("mask", tuple(call.mask.shape), call.scores_shape)
+    if call.bias is not None and not _checks.broadcasts_to(
+        tuple(call.bias.shape), call.scores_shape
+    ):
+        raise ValueError(
+            "`bias` must broadcast to the scores, (B, N, T, S) = "
+            f"{call.scores_shape}. Received: bias of shape {tuple(bias.shape)}"
+        )
+    return call
+
+
+def _as_float_tensor(name: str, x: Any) -> Tensor:
+    if not is_symbolic(x):
+        x = ops.convert_to_tensor(x)
+    if not is_float(x):
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers. "
+            f"Received: {name} of dtype {dtype_name(x)}"
+        )
+    return x
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    received = ", ".join(f"{name} of shape {tuple(s)}" for name, s in shapes.items())
+
+    def require(holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{expected} Received: {received}")
+
+    for name, shape in shapes.items():
+        require(len(shape) == 4, f"`{name}` must have the shape (B, length, N, width).")
+    (qb, _, qn, qh), (kb, ks, kn, kh), (vb, vs, vn, _) = shapes.values()
+    require(
+        _checks.same(qb, kb) and _checks.same(qb, vb) and _checks.same(kb, vb),
+        "`query`, `key` and `value` must have the same batch size.",
+    )
+    require(_checks.same(ks, vs), "`key` and `value` must have the same length.")
+    require(kn == vn, "`key` and `value` must have the same number of heads.")
+    require(qn % kn == 0, "The heads of `query` must be a multiple of those of `key`.")
+    require(qh == kh, "`query` and `key` must have the same width (last axis).")
+    dtypes = {name: dtype_name(x) for name, x in zip(shapes, (query, key, value))}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(
+            "`query`, `key` and `value` must have the same dtype. "
+            f"Received: {', '.join(f'{n} of {d}' for n, d in dtypes.items())}"
+        )
+
+
+def _as_mask(mask: Any) -> Any:
+    """Returns a Mask or None; a placeholder of a Functional model stays as it is."""
+    return mask if mask is None or is_symbolic(mask) else masks.as_mask(mask)
+
+
+def _as_bias(bias: Any) -> Tensor:
+    """Returns the bias with four axes."""
+    bias = _as_float_tensor("bias", bias)
+    if len(bias.shape) > 4:
+        raise ValueError(
+            "`bias` must have at most four axes, (B, N, T, S). "
+            f"Received: bias of shape {tuple(bias.shape)}"
+        )
+    if is_symbolic(bias):
+        return bias
+    return ops.reshape(bias, (1,) * (4 - len(bias.shape)) + tuple(ops.shape(bias)))
+
+
+def _as_sink(sink: Any, heads: int) -> Tensor:
+    """Returns the sink as one logit a head, shape `(N,)`."""
+    if not hasattr(sink, "shape"):
+        return ops.full((heads,), _checks.number("sink", sink), dtype="float32")
+    sink = _as_float_tensor("sink", sink)
+    if tuple(sink.shape) not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"`sink` must be a number or have the shape (N,) = ({heads},). "
+            f"Received: sink of shape {tuple(sink.shape)}"
+        )
+    return sink
+
+
+def _check_seed(seed: Any) -> None:
+    if seed is not None and not isinstance(seed, SeedGenerator):
+        _checks.integer("seed", seed)
