@@ -469,19 +469,29 @@ def _hold_tensor(mask: Mask, name: str, rank: int | None = None) -> None:
             "look inside mask objects. Give the layer the tensor itself, as "
             "`attention_mask=`, `query_mask=`, `value_mask=` or `segment_ids=`."
         )
-    try:
-        value = ops.convert_to_tensor(value)
-    except Exception as error:
+    tensor = _as_tensor(value)
+    if tensor is None:
         raise TypeError(
-            f"`{name}` of {kind} must be an array or a tensor. "
+            f"`{name}` of {kind} must be an array or a tensor of booleans or numbers. "
             f"Received: {name}={value!r} (of type {type(value).__name__})"
-        ) from error
+        )
+    value = tensor
     if rank is not None and len(value.shape) != rank:
         raise ValueError(
             f"`{name}` of {kind} must have {rank} axes. "
             f"Received: shape {tuple(value.shape)}"
         )
     object.__setattr__(mask, name, value)
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """Returns `value` as a tensor, or `None` if it is no tensor of numbers."""
+    try:
+        tensor = ops.convert_to_tensor(value)
+    except Exception:  # each backend raises errors of its own kind
+        return None
+    is_number = is_float(tensor) or is_integer(tensor) or dtype_name(tensor) == "bool"
+    return tensor if is_number else None
 
 
 def _check_shape(mask: Mask, name: str, value: Tensor, expected: Shape) -> None:

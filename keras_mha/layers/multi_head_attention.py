@@ -478,6 +478,7 @@ class MultiHeadAttention(keras.layers.Layer):
         heads, scores = result if return_scores else (result, None)
         heads = self._axes.unfold(heads, like=query)
         if return_scores:
+            scores = ops.cast(scores, self.compute_dtype)
             scores = self._axes.unfold_scores(scores, query, value)
         return heads, scores
 
@@ -620,7 +621,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
-            dtype=self.compute_dtype,
+            dtype=self.output_dense.compute_dtype,
         )
         if query_mask is not None:
             set_keras_mask(output, query_mask)
@@ -659,7 +660,22 @@ class MultiHeadAttention(keras.layers.Layer):
             for name, default in _BEYOND_KERAS.items()
             if getattr(self, f"_{name}") != default
         }
-        return {**super().get_config(), **config, **beyond}
+        return {**super().get_config(), **config, **beyond, **self._dtype_config()}
+
+    def _dtype_config(self) -> dict[str, Any]:
+        """The dtype policy with what `quantize()` has made of the projections."""
+        quantized = [
+            dense
+            for dense in self._flatten_layers(include_self=False)
+            if dense.quantization_mode is not None
+        ]
+        policy = self.dtype_policy
+        if not quantized or isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            return {}
+        policies = keras.dtype_policies.DTypePolicyMap(default_policy=policy)
+        for dense in quantized:
+            policies[dense.path] = dense.dtype_policy
+        return {"dtype": keras.dtype_policies.serialize(policies)}
 
 
 def _optional(check, name: str, value: Any) -> Any:

@@ -40,8 +40,8 @@ def dot_product_attention(
         query: Shape `(B, T, N, H)`: batch, length, heads, width; floating point.
         key: Shape `(B, S, K, H)`, where `N` is a multiple of `K`: query head `n`
             reads key and value head `n // (N / K)` (grouped-query attention; with
-            `K = 1` multi-query attention). Same dtype as `query`.
-        value: Shape `(B, S, K, V)`. Same dtype as `query`.
+            `K = 1` multi-query attention).
+        value: Shape `(B, S, K, V)`.
         mask: Who may attend to whom: a `keras_mha.masks.Mask`, or booleans (`True` =
             may attend) of shape `(T, S)`, `(B, T, S)` or `(B, N, T, S)`.
         bias: Floating-point numbers that broadcast to `(B, N, T, S)` as in NumPy and
@@ -60,10 +60,10 @@ def dot_product_attention(
             all scores in memory) demand one.
 
     Returns:
-        The output, shape `(B, T, N, V)`, in the dtype of `query`; with
-        `return_scores=True` the pair of it and the attention weights after softmax and
-        before dropout, shape `(B, N, T, S)`. float16 and bfloat16 inputs are
-        normalised in float32.
+        The output, shape `(B, T, N, V)`, in the dtype that `query`, `key` and `value`
+        promote to; with `return_scores=True` the pair of it and the attention weights
+        after softmax and before dropout, shape `(B, N, T, S)`. float16 and bfloat16
+        inputs are normalised in float32.
 
     Raises:
         TypeError: If an argument is of a wrong type or dtype.
@@ -119,13 +119,11 @@ class DotProductAttention(keras.Operation):
             query, key, value, mask=mask, bias=bias, sink=sink, **options
         )
         planner.plan(call, implementation)
-        batch, rows, heads, _ = query.shape
-        output = keras.KerasTensor(
-            (batch, rows, heads, value.shape[-1]), dtype=query.dtype
-        )
+        shape, dtype = (*query.shape[:3], value.shape[-1]), call.query.dtype
+        output = keras.KerasTensor(shape, dtype=dtype)
         if not call.return_scores:
             return output
-        return output, keras.KerasTensor(call.scores_shape, dtype=query.dtype)
+        return output, keras.KerasTensor(call.scores_shape, dtype=dtype)
 
     def get_config(self) -> dict[str, Any]:
         seed = keras.saving.serialize_keras_object(self.options["seed"])
@@ -163,6 +161,7 @@ def _checked_call(
         for name, x in (("query", query), ("key", key), ("value", value))
     )
     _check_shapes(query, key, value)
+    query, key, value = _promoted(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     call = AttentionCall(
@@ -225,12 +224,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     require(kn == vn, "`key` and `value` must have the same number of heads.")
     require(qn % kn == 0, "The heads of `query` must be a multiple of those of `key`.")
     require(qh == kh, "`query` and `key` must have the same width (last axis).")
-    dtypes = {name: dtype_name(x) for name, x in zip(shapes, (query, key, value))}
-    if len(set(dtypes.values())) > 1:
-        raise TypeError(
-            "`query`, `key` and `value` must have the same dtype. "
-            f"Received: {', '.join(f'{n} of {d}' for n, d in dtypes.items())}"
-        )
+
+
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts tensors of different dtypes to the one they promote to."""
+    dtypes = {dtype_name(x) for x in tensors}
+    if len(dtypes) == 1:
+        return tensors
+    dtype = keras.backend.result_type(*dtypes)
+    return tuple(ops.cast(x, dtype) for x in tensors)
 
 
 def _as_mask(mask: Any) -> Any:

@@ -1,0 +1,537 @@
+"""Wrong use raises early, and says which argument, what came and what is expected."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha import masks
+from tests.helpers import to_tensor
+
+
+def floats(*shape):
+    return to_tensor(np.random.default_rng(0).normal(size=shape))
+
+
+def booleans(*shape):
+    return to_tensor(np.ones(shape, "bool"))
+
+
+def integers(*shape):
+    return to_tensor(np.zeros(shape, "int32"))
+
+
+def construct(**arguments):
+    return lambda: keras_mha.MultiHeadAttention(
+        **{"num_heads": 4, "key_dim": 8, **arguments}
+    )
+
+
+def build(*shapes, **arguments):
+    return lambda: construct(**arguments)().build(*shapes)
+
+
+def call(*inputs, layer=None, **arguments):
+    """Calls a layer that attends from (2, 5, 16) to (2, 7, 12), or as given."""
+    layer = layer or {}
+    inputs = inputs or (floats(2, 5, 16), floats(2, 7, 12))
+    return lambda: construct(**layer)()(*inputs, **arguments)
+
+
+def call_built(*inputs, **arguments):
+    def run():
+        layer = construct()()
+        layer.build((None, 5, 16), (None, 7, 12))
+        return layer(*inputs, **arguments)
+
+    return run
+
+
+def attend(query=(2, 5, 4, 8), key=(2, 7, 4, 8), value=(2, 7, 4, 8), **arguments):
+    query, key, value = (
+        floats(*x) if isinstance(x, tuple) else x for x in (query, key, value)
+    )
+    return lambda: keras_mha.dot_product_attention(query, key, value, **arguments)
+
+
+def mask_attend(mask):
+    return lambda: keras_mha.dot_product_attention(
+        floats(2, 5, 4, 8), floats(2, 7, 4, 8), floats(2, 7, 4, 8), mask=mask()
+    )
+
+
+# Each line: a name, the wrong use, the error, and what its message must say, in order.
+CONSTRUCTOR = [
+    ("no heads", construct(num_heads=0), ValueError, "num_heads.*at least 1.*0"),
+    ("negative heads", construct(num_heads=-2), ValueError, "num_heads.*-2"),
+    ("heads as text", construct(num_heads="8"), TypeError, "num_heads.*integer.*'8'"),
+    ("heads a float", construct(num_heads=2.0), TypeError, "num_heads.*2.0.*float"),
+    ("heads a bool", construct(num_heads=True), TypeError, "num_heads.*True.*bool"),
+    ("no width", construct(key_dim=0), ValueError, "key_dim.*at least 1.*0"),
+    ("no width at all", construct(key_dim=None), TypeError, "key_dim.*None"),
+    ("no value width", construct(value_dim=0), ValueError, "value_dim.*at least 1"),
+    ("value width a list", construct(value_dim=[8]), TypeError, r"value_dim.*\[8\]"),
+    ("dropout in percent", construct(dropout=10), ValueError, "dropout.*below 1.*10"),
+    ("all dropped", construct(dropout=1.0), ValueError, "dropout.*below 1.*1.0"),
+    ("negative dropout", construct(dropout=-0.1), ValueError, "dropout.*-0.1"),
+    ("dropout NaN", construct(dropout=float("nan")), ValueError, "dropout.*finite"),
+    ("dropout as text", construct(dropout="0.1"), TypeError, "dropout.*number.*'0.1'"),
+    (
+        "use_bias as text",
+        construct(use_bias="no"),
+        TypeError,
+        "use_bias.*True or F.*no",
+    ),
+    ("use_gate as text", construct(use_gate="yes"), TypeError, "use_gate.*yes"),
+    ("output_shape 0", construct(output_shape=0), ValueError, "output_shape.*least 1"),
+    (
+        "output_shape -1",
+        construct(output_shape=(3, -1)),
+        ValueError,
+        "output_shape.*-1",
+    ),
+    (
+        "output_shape text",
+        construct(output_shape="16"),
+        TypeError,
+        "output_shape.*'16'",
+    ),
+    ("axes text", construct(attention_axes="1"), TypeError, "attention_axes.*'1'"),
+    (
+        "axes twice",
+        construct(attention_axes=(1, 1)),
+        ValueError,
+        "attention_axes.*dist",
+    ),
+    ("no axes", construct(attention_axes=()), ValueError, "attention_axes"),
+    ("window 0", construct(sliding_window=0), ValueError, "sliding_window.*at least 1"),
+    ("window float", construct(sliding_window=2.5), TypeError, "sliding_window.*2.5"),
+    ("flash as text", construct(flash_attention="on"), TypeError, "flash_att.*'on'"),
+    ("seed float", construct(seed=1.5), TypeError, "seed.*integer.*1.5"),
+    (
+        "groups that do not divide",
+        construct(num_key_value_heads=3),
+        ValueError,
+        "num_key_value_heads.*divide.*3.*num_heads=4",
+    ),
+    ("no groups", construct(num_key_value_heads=0), ValueError, "num_key_value_heads"),
+    ("unknown norm", construct(qk_norm="batch"), ValueError, "qk_norm.*'rms'.*'batch'"),
+    ("norm a bool", construct(qk_norm=True), ValueError, "qk_norm.*one of.*True"),
+    ("epsilon 0", construct(qk_norm_epsilon=0), ValueError, "qk_norm_epsilon.*above 0"),
+    (
+        "unknown sink",
+        construct(attention_sink="one"),
+        ValueError,
+        "attention_sink.*'zero', 'learned'.*'one'",
+    ),
+    ("cap 0", construct(logit_soft_cap=0), ValueError, "logit_soft_cap.*above 0.*0"),
+    ("cap text", construct(logit_soft_cap="50"), TypeError, "logit_soft_cap.*'50'"),
+    ("scale inf", construct(scale=float("inf")), ValueError, "scale.*finite.*inf"),
+    ("scale text", construct(scale="auto"), TypeError, "scale.*number.*'auto'"),
+    ("unknown argument", construct(head_size=8), ValueError, "head_size"),
+]
+
+BUILD = [
+    ("two axes", build((None, 16)), ValueError, "query_shape.*three axes.*None, 16"),
+    (
+        "unknown features",
+        build((None, 5, None)),
+        ValueError,
+        "query_shape.*features.*known",
+    ),
+    (
+        "ranks differ",
+        build((None, 5, 16), (None, 7, 3, 12)),
+        ValueError,
+        "same number of axes.*7, 3, 12",
+    ),
+    (
+        "key and value lengths differ",
+        build((None, 5, 16), (None, 7, 12), (None, 6, 12)),
+        ValueError,
+        "value.*key.*7, 12.*6, 12",
+    ),
+    (
+        "attention over the batch",
+        build((None, 5, 16), attention_axes=0),
+        ValueError,
+        r"attention_axes.*batch.*\(0,\)",
+    ),
+    (
+        "attention over the features",
+        build((None, 5, 16), attention_axes=-1),
+        ValueError,
+        r"attention_axes.*features.*\(-1,\)",
+    ),
+    (
+        "an axis that is not there",
+        build((None, 5, 16), attention_axes=(1, 2, 3)),
+        ValueError,
+        "attention_axes.*3 axes",
+    ),
+    (
+        "one axis by two names",
+        build((None, 4, 5, 16), attention_axes=(1, -3)),
+        ValueError,
+        "attention_axes.*distinct",
+    ),
+    (
+        "lengths differ off the attention axes",
+        build((None, 4, 5, 16), (None, 3, 5, 16), attention_axes=2),
+        ValueError,
+        "length of axis 1.*4, 5, 16.*3, 5, 16",
+    ),
+]
+
+CALL = [
+    ("text", call("a sentence"), ValueError, "positional"),
+    (
+        "batch sizes differ",
+        call(floats(2, 5, 16), floats(3, 7, 12)),
+        ValueError,
+        "same batch size.*2, 5, 16.*3, 7, 12",
+    ),
+    (
+        "lengths of key and value differ",
+        call(floats(2, 5, 16), floats(2, 7, 12), floats(2, 6, 12)),
+        ValueError,
+        "value.*key.*7, 12.*6, 12",
+    ),
+    (
+        "other query width than built for",
+        call_built(floats(2, 5, 15), floats(2, 7, 12)),
+        ValueError,
+        "query.*16 features.*2, 5, 15",
+    ),
+    (
+        "other value width than built for",
+        call_built(floats(2, 5, 16), floats(2, 7, 16)),
+        ValueError,
+        "value.*12 features.*2, 7, 16",
+    ),
+    (
+        "self-attention in a layer built for cross-attention",
+        call_built(floats(2, 5, 16)),
+        ValueError,
+        "value.*12 features.*2, 5, 16",
+    ),
+    (
+        "other rank than built for",
+        call_built(floats(2, 5, 3, 16), floats(2, 7, 3, 12)),
+        ValueError,
+        "query.*3 axes.*2, 5, 3, 16",
+    ),
+    (
+        "mask of the wrong length",
+        call(attention_mask=booleans(2, 5, 6)),
+        ValueError,
+        "attention_mask.*2, 4, 5, 7.*2, 5, 6",
+    ),
+    (
+        "mask transposed",
+        call(attention_mask=booleans(2, 7, 5)),
+        ValueError,
+        "attention_mask.*2, 7, 5",
+    ),
+    (
+        "padding given as attention_mask",
+        call(attention_mask=booleans(2, 7)),
+        ValueError,
+        r"attention_mask.*\(T, S\).*\(2, 7\)",
+    ),
+    (
+        "mask with the heads first",
+        call(attention_mask=booleans(4, 5, 7)),
+        ValueError,
+        "attention_mask.*no heads axis.*4, 5, 7",
+    ),
+    (
+        "mask with too many axes",
+        call(attention_mask=booleans(1, 2, 4, 5, 7)),
+        ValueError,
+        "attention_mask.*1, 2, 4, 5, 7",
+    ),
+    (
+        "mask as text",
+        call(attention_mask="causal"),
+        TypeError,
+        "attention_mask.*'causal'.*str",
+    ),
+    (
+        "mask as a class",
+        call(attention_mask=masks.Causal),
+        TypeError,
+        "attention_mask.*Causal",
+    ),
+    (
+        "mask object of another batch",
+        call(attention_mask=masks.Padding(np.ones((3, 7), "bool"))),
+        ValueError,
+        r"valid.*Padding.*\(2, 7\).*\(3, 7\)",
+    ),
+    (
+        "query_mask of the key's length",
+        call(query_mask=booleans(2, 7)),
+        ValueError,
+        r"query_mask.*query.*\(2, 5\).*\(2, 7\)",
+    ),
+    (
+        "value_mask of the query's length",
+        call(value_mask=booleans(2, 5)),
+        ValueError,
+        r"value_mask.*value.*\(2, 7\).*\(2, 5\)",
+    ),
+    (
+        "key_mask with three axes",
+        call(key_mask=booleans(2, 1, 7)),
+        ValueError,
+        r"key_mask.*key.*\(2, 7\).*\(2, 1, 7\)",
+    ),
+    (
+        "query_mask as True",
+        call(query_mask=True),
+        TypeError,
+        "query_mask.*tensor.*True",
+    ),
+    (
+        "boolean bias",
+        call(attention_bias=booleans(5, 7)),
+        TypeError,
+        "attention_bias.*floating.*attention_mask.*bool",
+    ),
+    (
+        "bias with the batch where heads belong",
+        call(attention_bias=floats(2, 5, 7)),
+        ValueError,
+        r"attention_bias.*\(N, T, S\).*2, 5, 7",
+    ),
+    ("bias as a number", call(attention_bias=1.0), TypeError, "attention_bias.*1.0"),
+    (
+        "one array of segment ids for two lengths",
+        call(segment_ids=integers(2, 5)),
+        ValueError,
+        "segment_ids.*value.*pair.*2, 5",
+    ),
+    (
+        "three arrays of segment ids",
+        call(segment_ids=(integers(2, 5), integers(2, 7), integers(2, 7))),
+        ValueError,
+        "segment_ids.*pair.*3 tensors",
+    ),
+    (
+        "segment ids as floats",
+        call(segment_ids=(floats(2, 5), floats(2, 7))),
+        TypeError,
+        "segment_ids.*whole numbers.*float32",
+    ),
+    (
+        "segment ids without a batch",
+        call(segment_ids=(integers(5), integers(7))),
+        ValueError,
+        r"segment_ids.*query.*\(2, 5\).*\(5,\)",
+    ),
+    (
+        "scores and no memory for them",
+        call(layer={"flash_attention": True}, return_attention_scores=True),
+        ValueError,
+        "return_attention_scores.*flash_attention",
+    ),
+    (
+        "fused dropout",
+        call(layer={"flash_attention": True, "dropout": 0.1}, training=True),
+        ValueError,
+        "fused.*flash_attention=True",
+    ),
+    ("unknown call argument", call(mask=booleans(2, 7)), TypeError, "mask"),
+]
+
+FUNCTION = [
+    ("three axes", attend(query=(2, 5, 32)), ValueError, r"query.*\(B, .*2, 5, 32"),
+    (
+        "batch sizes differ",
+        attend(key=(3, 7, 4, 8), value=(3, 7, 4, 8)),
+        ValueError,
+        "same batch size.*3, 7, 4, 8",
+    ),
+    ("lengths differ", attend(value=(2, 6, 4, 8)), ValueError, "same length.*2, 6, 4"),
+    (
+        "key and value heads differ",
+        attend(value=(2, 7, 2, 8)),
+        ValueError,
+        "same number of heads.*2, 7, 2, 8",
+    ),
+    (
+        "heads that do not divide",
+        attend(key=(2, 7, 3, 8), value=(2, 7, 3, 8)),
+        ValueError,
+        "multiple.*2, 7, 3, 8",
+    ),
+    ("widths differ", attend(key=(2, 7, 4, 6)), ValueError, "same width.*2, 7, 4, 6"),
+    ("whole numbers", attend(query=integers(2, 5, 4, 8)), TypeError, "query.*int32"),
+    ("bias too long", attend(bias=floats(5, 8)), ValueError, "bias.*2, 4, 5, 7.*5, 8"),
+    (
+        "bias with five axes",
+        attend(bias=floats(1, 1, 1, 5, 7)),
+        ValueError,
+        "bias.*four axes.*1, 1, 1, 5, 7",
+    ),
+    ("boolean bias", attend(bias=booleans(5, 7)), TypeError, "bias.*bool"),
+    (
+        "mask too long",
+        attend(mask=booleans(5, 8)),
+        ValueError,
+        "mask.*2, 4, 5, 7.*5, 8",
+    ),
+    ("mask with one axis", attend(mask=booleans(7)), ValueError, r"mask.*\(T, S\).*7"),
+    ("mask as text", attend(mask="causal"), TypeError, "causal"),
+    ("scale as text", attend(scale="big"), TypeError, "scale.*'big'"),
+    ("cap below zero", attend(logit_soft_cap=-1), ValueError, "logit_soft_cap.*-1"),
+    (
+        "sink for other heads",
+        attend(sink=floats(3)),
+        ValueError,
+        r"sink.*\(4,\).*\(3,\)",
+    ),
+    ("sink as text", attend(sink="zero"), TypeError, "sink.*'zero'"),
+    ("dropout 1", attend(dropout=1.0), ValueError, "dropout.*below 1"),
+    ("seed as text", attend(dropout=0.1, seed="s"), TypeError, "seed.*'s'"),
+    ("return_scores text", attend(return_scores="y"), TypeError, "return_scores.*'y'"),
+    (
+        "unknown implementation",
+        attend(implementation="flash"),
+        ValueError,
+        "implementation.*'auto', 'fused'.*'flash'",
+    ),
+    (
+        "fused scores",
+        attend(implementation="fused", return_scores=True),
+        ValueError,
+        "implementation='fused'.*Use implementation='auto'",
+    ),
+    (
+        "an implementation of a later version",
+        attend(implementation="blockwise"),
+        ValueError,
+        "blockwise.*not part of this version.*'reference'",
+    ),
+]
+
+MASKS = [
+    ("window 0", lambda: masks.SlidingWindow(0), ValueError, "size.*at least 1.*0"),
+    ("window float", lambda: masks.SlidingWindow(1.5), TypeError, "size.*1.5"),
+    ("offset text", lambda: masks.Causal("left"), TypeError, "offset.*'left'"),
+    ("offset floats", lambda: masks.Causal(floats(2)), TypeError, "offset.*float32"),
+    ("prefix below 0", lambda: masks.Prefix(-1), ValueError, "n.*at least 0.*-1"),
+    (
+        "padding with one axis",
+        lambda: masks.Padding(np.ones(7, "bool")),
+        ValueError,
+        r"valid.*Padding.*2 axes.*\(7,\)",
+    ),
+    ("padding text", lambda: masks.Padding("x"), TypeError, "valid.*Padding.*'x'"),
+    (
+        "segments of floats",
+        lambda: masks.Segments(np.zeros((2, 5), "float32")),
+        TypeError,
+        "query_ids.*whole numbers.*float32",
+    ),
+    (
+        "dense with one axis",
+        lambda: masks.Dense([True]),
+        ValueError,
+        r"\(T, S\).*\(1,\)",
+    ),
+    ("& text", lambda: masks.Causal() & "window", TypeError, "'window'"),
+    (
+        "a placeholder inside a mask",
+        lambda: masks.Padding(keras.Input((7,), dtype="bool")),
+        TypeError,
+        "valid.*Padding.*KerasTensor.*attention_mask",
+    ),
+    (
+        "a mask that answers nothing",
+        mask_attend(masks.Mask),
+        NotImplementedError,
+        "Mask must implement `allowed",
+    ),
+    (
+        "offsets of another batch",
+        mask_attend(lambda: masks.Causal(np.zeros(3, "int32"))),
+        ValueError,
+        r"offset.*Causal.*\(2,\).*\(3,\)",
+    ),
+    (
+        "segments of another length",
+        mask_attend(lambda: masks.Segments(np.zeros((2, 5), "int32"))),
+        ValueError,
+        r"key_ids.*Segments.*\(2, 7\).*\(2, 5\)",
+    ),
+    (
+        "wrong inside a composition",
+        mask_attend(lambda: masks.Causal() | ~masks.Dense(np.ones((5, 6), "bool"))),
+        ValueError,
+        r"mask.*\(5, 6\)",
+    ),
+]
+
+ALL = CONSTRUCTOR + BUILD + CALL + FUNCTION + MASKS
+
+
+@pytest.mark.parametrize(
+    ("wrong_use", "error", "message"),
+    [case[1:] for case in ALL],
+    ids=[case[0] for case in ALL],
+)
+def test_wrong_use_says_what_is_wrong(wrong_use, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        wrong_use()
+
+
+def symbolic(layer=None, query=(5, 16), value=(7, 12), **shapes_and_dtypes):
+    """Calls the layer while a Functional model is made, when no numbers are there."""
+
+    def run():
+        arguments = {
+            name: keras.Input(shape, dtype=dtype)
+            for name, (shape, dtype) in shapes_and_dtypes.items()
+        }
+        return construct(**(layer or {}))()(
+            keras.Input(query), keras.Input(value), **arguments
+        )
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wrong_use", "message"),
+    [
+        (symbolic(attention_mask=((5, 6), "bool")), "attention_mask.*5, 6"),
+        (symbolic(query_mask=((7,), "bool")), "query_mask.*5.*7"),
+        (symbolic(segment_ids=((5,), "int32")), "segment_ids.*pair"),
+        (symbolic(attention_bias=((4, 5, 6), "float32")), "attention_bias.*5, 6"),
+        (symbolic(value=(7, 3, 12)), "same number of axes"),
+    ],
+)
+def test_a_functional_model_says_it_while_it_is_made(wrong_use, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        wrong_use()
+
+
+def test_a_failed_build_leaves_the_layer_to_be_built_rightly():
+    layer = keras_mha.MultiHeadAttention(num_heads=4, key_dim=8)
+    with pytest.raises(ValueError, match="same batch size"):
+        layer(floats(2, 5, 16), floats(3, 7, 12))
+    assert not layer.built
+    assert tuple(layer(floats(2, 5, 16), floats(2, 7, 12)).shape) == (2, 5, 16)
+
+
+def test_a_failed_call_leaves_the_weights_as_they_were():
+    layer = keras_mha.MultiHeadAttention(num_heads=4, key_dim=8)
+    query, value = floats(2, 5, 16), floats(2, 7, 12)
+    before = layer(query, value)
+    with pytest.raises(ValueError, match="attention_mask"):
+        layer(query, value, attention_mask=booleans(3, 3))
+    after = layer(query, value)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(before), keras.ops.convert_to_numpy(after)
+    )
