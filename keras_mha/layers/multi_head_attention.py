@@ -695,11 +695,12 @@ def _checked_key_value_heads(value: Any, num_heads: int) -> int | None:
 
 
 def _checked_output_shape(value: Any) -> tuple[int, ...] | None:
-    if value is None or value == ():
+    if value is None:
         return None
     if not isinstance(value, list | tuple):
         value = (value,)
-    return tuple(_checks.positive_integer("output_shape", size) for size in value)
+    sizes = tuple(_checks.positive_integer("output_shape", size) for size in value)
+    return sizes or None  # Keras's layer takes an empty shape for none given
 
 
 def _filled(query: Shape, value: Shape | None, key: Shape | None) -> tuple[Shape, ...]:
