@@ -121,10 +121,7 @@ def _pull_back_jax(function, tensors, cotangents):
         weights = [_like(c, x) for c, x in zip(cotangents, outputs, strict=True)]
         return outputs, pull_back(tuple(weights))
 
-    # Compiled as a whole: one op at a time, JAX would compile each of them apart. Most
-    # of a test's time goes there, and the arrays are too small for optimizing to pay.
-    options = {"xla_backend_optimization_level": 0}
-    return jax.jit(run).lower(*tensors).compile(options)(*tensors)
+    return call_at_once(run, tensors)
 
 
 def _pull_back_torch(function, tensors, cotangents):
@@ -137,6 +134,20 @@ def _pull_back_torch(function, tensors, cotangents):
         outputs, tensors, weights, allow_unused=True, materialize_grads=True
     )
     return [output.detach() for output in outputs], found
+
+
+def call_at_once(function: Callable[..., Any], tensors: Sequence[Any]) -> Any:
+    """`function(*tensors)`, which JAX compiles as one program.
+
+    One op at a time, JAX would compile each of them apart, and most of a test's time
+    would go there. The arrays are too small for optimizing the program to pay.
+    """
+    if keras.backend.backend() != "jax":
+        return function(*tensors)
+    import jax
+
+    options = {"xla_backend_optimization_level": 0}
+    return jax.jit(function).lower(*tensors).compile(options)(*tensors)
 
 
 def with_variables(function: Callable[..., Any], variables: Sequence[Any]) -> Callable:

@@ -1,0 +1,146 @@
+"""Run the test suite under each backend, then the cross-backend matrix.
+
+    python scripts/run_tests.py                      # three backends and the matrix
+    python scripts/run_tests.py jax torch            # these backends, no matrix
+    python scripts/run_tests.py jax --pytest="-k mask -x"
+
+A backend is chosen once per process, so each one gets a pytest of its own, spread over
+the cores. The matrix starts a process per backend itself and so runs once, after them.
+The last line is `N passed, N failed, N skipped`, summed over all the runs.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKENDS = ("tensorflow", "jax", "torch")
+MATRIX = "tests/matrix"
+OUTCOMES = ("passed", "failed", "skipped")
+NO_TESTS_COLLECTED = 5  # pytest's exit status
+
+
+class Result(NamedTuple):
+    name: str
+    passed: int
+    failed: int
+    skipped: int
+    seconds: float
+
+
+def backend_environment(backend, threads):
+    """The environment of a suite whose workers may use `threads` threads each."""
+    return {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        # Without these every worker starts a thread per core for every library.
+        "OMP_NUM_THREADS": str(threads),  # torch, NumPy
+        "TF_NUM_INTRAOP_THREADS": str(threads),
+        "NPROC": str(threads),  # XLA's pool on the CPU
+    }
+
+
+def matrix_environment():
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment.pop("KERAS_BACKEND", None)  # the matrix sets it for each process
+    return environment
+
+
+def run_pytest(name, arguments, extra, environment):
+    print(f"\n==== {name} ====", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        pytest = [sys.executable, "-m", "pytest", f"--junit-xml={report}"]
+        start = time.perf_counter()
+        status = subprocess.run(
+            [*pytest, *arguments, *extra], cwd=ROOT, env=environment
+        ).returncode
+        seconds = time.perf_counter() - start
+        outcomes = read_outcomes(report)
+    # A run that breaks off or collects nothing is no success, but a `-k` that is meant
+    # for one run may well select nothing in another.
+    if status != 0 and not (status == NO_TESTS_COLLECTED and extra):
+        outcomes["failed"] = max(outcomes["failed"], 1)
+    return Result(name, *(outcomes[key] for key in OUTCOMES), seconds)
+
+
+def read_outcomes(report):
+    try:
+        tests = ElementTree.parse(report).iter("testcase")
+    except (FileNotFoundError, ElementTree.ParseError):
+        tests = []
+    return Counter(outcome({child.tag for child in test}) for test in tests)
+
+
+def outcome(tags):
+    if tags & {"failure", "error"}:
+        return "failed"
+    return "skipped" if "skipped" in tags else "passed"
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "backends", nargs="*", metavar="BACKEND", help=f"of {', '.join(BACKENDS)}"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        # More than a few only add start-up time: each one imports the backend.
+        default=min(os.cpu_count() or 1, 4),
+        help="pytest processes per backend (default: %(default)s)",
+    )
+    parser.add_argument("--pytest", default="", help="further arguments for pytest")
+    arguments = parser.parse_args()
+    unknown = set(arguments.backends) - set(BACKENDS)
+    if unknown:
+        parser.error(
+            f"unknown backend {', '.join(sorted(unknown))}: "
+            f"choose from {', '.join(BACKENDS)}"
+        )
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
+    extra = shlex.split(arguments.pytest)
+    threads = max((os.cpu_count() or 1) // arguments.workers, 1)
+    workers = [f"--numprocesses={arguments.workers}", "--dist=worksteal"]
+    results = [
+        run_pytest(
+            backend,
+            ["tests", f"--ignore={MATRIX}", *workers],
+            extra,
+            backend_environment(backend, threads),
+        )
+        for backend in arguments.backends or BACKENDS
+    ]
+    if arguments.backends:
+        print("\nThe cross-backend matrix is left out: it needs a run of all backends.")
+    else:
+        results.append(run_pytest("matrix", [MATRIX], extra, matrix_environment()))
+
+    print("\n==== summary ====")
+    for result in results:
+        print(
+            f"{result.name:<10} {result.passed:>5} passed {result.failed:>5} failed "
+            f"{result.skipped:>5} skipped {result.seconds:>7.1f} s"
+        )
+    passed, failed, skipped = (
+        sum(getattr(result, key) for result in results) for key in OUTCOMES
+    )
+    print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
+    return 1 if failed or not passed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
