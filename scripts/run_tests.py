@@ -46,6 +46,13 @@ def backend_environment(backend, threads):
         "OMP_NUM_THREADS": str(threads),  # torch, NumPy
         "TF_NUM_INTRAOP_THREADS": str(threads),
         "NPROC": str(threads),  # XLA's pool on the CPU
+        # Most of the time under JAX goes into compiling tiny functions once each:
+        # compile them quickly, and not again in the other worker or the next run.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
