@@ -1,8 +1,9 @@
 """Writes the golden archive of this version, once, when it is released.
 
-    KERAS_BACKEND=tensorflow python -m tests.golden.make
+    KERAS_BACKEND=torch .venv-oldest/bin/python -m tests.golden.make
 
-The archive of a version is never written again: it must load for ever.
+The archive of a version is never written again: it must load for ever. It is written
+under the oldest Keras supported, whose files the later ones read.
 """
 
 from pathlib import Path
