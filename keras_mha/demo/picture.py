@@ -1,0 +1,104 @@
+"""The demo's picture: what the model looked at."""
+
+from os import PathLike
+
+import keras
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from keras_mha import MultiHeadAttention
+from keras_mha.demo.model import GRID
+
+COLUMNS = 5
+EXTENT = (0, 8, 8, 0)  # pixels: images and patches cover the same square
+
+
+def attention_scores(model: keras.Model, images: np.ndarray) -> list[np.ndarray]:
+    """Returns each block's scores, `(images, heads, tokens, tokens)`."""
+    found = [layer for layer in model.layers if isinstance(layer, MultiHeadAttention)]
+    features = keras.Model(model.input, [layer.input for layer in found])
+    inputs = features.predict(images, batch_size=len(images), verbose=0)
+    scores = []
+    for layer, tensors in zip(found, inputs, strict=True):
+        _, weights = layer(*tensors, return_attention_scores=True)
+        scores.append(keras.ops.convert_to_numpy(weights))
+    return scores
+
+
+def rollout(scores: list[np.ndarray]) -> np.ndarray:
+    """Follows the attention from the answer back to the patches.
+
+    Attention rollout (Abnar and Zuidema, 2020): a block passes on half of its input
+    through the residual and half through its attention, the mean over its heads. The
+    answer is read from the mean of the tokens, and so is the rollout.
+
+    Args:
+        scores: List of arrays `(images, heads, tokens, tokens)`, first block first.
+
+    Returns:
+        Array of shape `(images, tokens)`, each row summing to 1.
+    """
+    identity = np.eye(scores[0].shape[-1])
+    total = identity
+    for block in scores:
+        total = (0.5 * block.mean(axis=1) + 0.5 * identity) @ total
+    return total.mean(axis=1)
+
+
+def draw(
+    model: keras.Model, images: np.ndarray, classes: np.ndarray, path: str | PathLike
+) -> None:
+    """Draws a digit of each class, and some mistakes, under the attention to them.
+
+    Args:
+        model: The trained classifier.
+        images: Array of shape `(digits, 8, 8)`, the test digits.
+        classes: Array of shape `(digits,)`, what they are.
+        path: Where to write the picture, a PNG.
+    """
+    answers = model.predict(images, batch_size=len(images), verbose=0).argmax(-1)
+    chosen = _choose(answers, classes)
+    attention = rollout(attention_scores(model, images[chosen]))
+    rows = -(-len(chosen) // COLUMNS)
+    figure = Figure(figsize=(2 * COLUMNS, 2.3 * rows + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle("Which patches led to the answer (attention rollout)")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, index, shares in zip(grid.flat, chosen, attention, strict=False):
+        overlay = _draw_digit(axes, images[index], shares, attention.max())
+        _label(axes, answers[index], classes[index])
+    figure.colorbar(
+        overlay, ax=grid, shrink=0.6, label="share of the attention", format="{x:.0%}"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def _choose(answers: np.ndarray, classes: np.ndarray) -> list[int]:
+    """The first digit of each class, then the first digits that went wrong."""
+    first = [int(np.argmax(classes == digit)) for digit in range(10)]
+    wrong = [int(i) for i in np.flatnonzero(answers != classes) if i not in first]
+    return first + wrong[:COLUMNS]
+
+
+def _draw_digit(axes: Axes, image: np.ndarray, shares: np.ndarray, largest: float):
+    axes.imshow(image, cmap="gray_r", extent=EXTENT)
+    patches = shares.reshape(GRID, GRID)
+    return axes.imshow(
+        patches,
+        cmap="Oranges",
+        alpha=0.75 * patches / largest,
+        vmin=0,
+        vmax=largest,
+        extent=EXTENT,
+    )
+
+
+def _label(axes: Axes, answer: int, true: int) -> None:
+    if answer == true:
+        axes.set_title(f"{answer}")
+    else:
+        axes.set_title(f"{answer}, is a {true}", color="firebrick")

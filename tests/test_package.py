@@ -1,0 +1,61 @@
+"""What importing the package does, and what its modules may know."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_mha
+
+PACKAGE = Path(keras_mha.__file__).parent
+BACKENDS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
+
+
+def test_importing_the_package_imports_no_other_backend_and_no_extra():
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_mha; "
+        "print(*(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    added = {name.partition(".")[0] for name in result.stdout.split()}
+    unwanted = {"sklearn", "matplotlib", "rich", *BACKENDS} - {keras.backend.backend()}
+    assert not added & unwanted
+
+
+def test_importing_the_package_is_all_that_loading_needs():
+    name = "keras_mha>MultiHeadAttention"
+    assert keras.saving.get_registered_object(name) is keras_mha.MultiHeadAttention
+
+
+@pytest.mark.parametrize(
+    "module",
+    sorted(PACKAGE.rglob("*.py")),
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_only_kernels_import_a_backend(module):
+    imports = re.findall(
+        r"^\s*(?:import|from) (tensorflow|jax|torch)\b", module.read_text(), re.MULTILINE
+    )
+    if module.parent.name != "kernels":
+        assert not imports
+
+
+def test_kernels_know_no_layer():
+    for module in (PACKAGE / "kernels").glob("*.py"):
+        assert "keras_mha.layers" not in module.read_text()
+
+
+def test_the_layer_knows_no_kernel():
+    for module in (PACKAGE / "layers").glob("*.py"):
+        assert "keras_mha.kernels" not in module.read_text()
+
+
+def test_everything_public_is_documented():
+    for name in keras_mha.__all__:
+        if name != "__version__":
+            assert getattr(keras_mha, name).__doc__.strip(), name
