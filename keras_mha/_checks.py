@@ -61,12 +61,12 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def dropout_rate(name: str, value: Any) -> float:
-    """Returns `value` as a float in [0, 1), or raises."""
+    """Returns `value` as a float from 0 to 1, or raises."""
     value = number(name, value)
-    if not 0 <= value < 1:
+    if not 0 <= value <= 1:
         raise ValueError(
-            f"`{name}` must be at least 0 and below 1 (the share of attention "
-            f"weights to drop). Received: {name}={value}"
+            f"`{name}` must be from 0 to 1 (the share of attention weights to drop). "
+            f"Received: {name}={value}"
         )
     return value
 
@@ -75,7 +75,9 @@ def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
     """Returns `value` if it is one of `options`, or raises."""
     if not any(value is option or value == option for option in options):
         listed = ", ".join(repr(option) for option in options)
-        raise ValueError(f"`{name}` must be one of {listed}. Received: {name}={value!r}")
+        raise ValueError(
+            f"`{name}` must be one of {listed}. Received: {name}={value!r}"
+        )
     return value
 
 
@@ -89,4 +91,6 @@ def broadcasts_to(shape: Shape, target: Shape) -> bool:
     if len(shape) > len(target):
         return False
     tail = target[len(target) - len(shape) :]
-    return all(size == 1 or same(size, goal) for size, goal in zip(shape, tail))
+    return all(
+        size == 1 or same(size, goal) for size, goal in zip(shape, tail, strict=True)
+    )

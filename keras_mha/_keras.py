@@ -4,28 +4,15 @@ from typing import Any, TypeAlias
 
 import keras
 
+# Keras keeps the mask of a tensor that takes no attributes (a JAX array) in a table of
+# its own, which only these two reach.
+from keras.src.backend import get_keras_mask, set_keras_mask
+
 Tensor: TypeAlias = Any
 """A tensor of the current backend, a NumPy array or a `keras.KerasTensor`."""
 
 Shape: TypeAlias = tuple[int | None, ...]
 """A tensor's shape; `None` where a length is not known yet."""
-
-try:
-    # Keras keeps the mask of a tensor that takes no attributes (a JAX array) in a
-    # table of its own, which only these two reach.
-    from keras.src.backend import get_keras_mask, set_keras_mask
-except ImportError:  # Keras before 3.7: the mask is always an attribute.
-
-    def get_keras_mask(x: Tensor) -> Tensor | None:
-        """Returns the mask that `x` carries, or `None`."""
-        return getattr(x, "_keras_mask", None)
-
-    def set_keras_mask(x: Tensor, mask: Tensor | None) -> None:
-        """Makes `x` carry `mask`."""
-        try:
-            x._keras_mask = mask
-        except AttributeError:
-            pass
 
 
 def is_symbolic(x: object) -> bool:

@@ -1,7 +1,7 @@
 """What popular tutorials' layers get wrong, and how this one behaves instead.
 
-The letters are the tutorials': A is written for TensorFlow, B, C and E for PyTorch, D is a
-text whose code breaks off.
+The letters are the tutorials': A is written for TensorFlow, B, C and E for PyTorch, D
+is a text whose code breaks off.
 """
 
 import keras

@@ -1,6 +1,7 @@
 """Masks: what they allow, what they say of tiles, how they compose and are saved."""
 
 import dataclasses
+import functools
 import json
 
 import keras
@@ -53,7 +54,7 @@ def test_offsets_and_prefixes_may_differ_from_row_to_row_of_the_batch():
     ):
         block = whole(mask, batch=2)
         for row, n in enumerate((0, 3)):
-            expected = by_definition(lambda i, j, n=n: allowed(n, i, j))
+            expected = by_definition(functools.partial(allowed, n))
             np.testing.assert_array_equal(block[row, 0], expected)
 
 

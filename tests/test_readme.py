@@ -19,9 +19,8 @@ BLOCKS = re.findall(
     r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
 )
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [
-    line for language, code in BLOCKS if language == "shell" for line in code.splitlines()
-]
+SHELL = [code for language, code in BLOCKS if language == "shell"]
+COMMANDS = [line for code in SHELL for line in code.splitlines()]
 SCRIPT = re.compile(r"# (\w+\.py)\n")
 
 

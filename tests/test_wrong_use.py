@@ -71,8 +71,7 @@ CONSTRUCTOR = [
     ("no width at all", construct(key_dim=None), TypeError, "key_dim.*None"),
     ("no value width", construct(value_dim=0), ValueError, "value_dim.*at least 1"),
     ("value width a list", construct(value_dim=[8]), TypeError, r"value_dim.*\[8\]"),
-    ("dropout in percent", construct(dropout=10), ValueError, "dropout.*below 1.*10"),
-    ("all dropped", construct(dropout=1.0), ValueError, "dropout.*below 1.*1.0"),
+    ("dropout in percent", construct(dropout=10), ValueError, "dropout.*0 to 1.*10"),
     ("negative dropout", construct(dropout=-0.1), ValueError, "dropout.*-0.1"),
     ("dropout NaN", construct(dropout=float("nan")), ValueError, "dropout.*finite"),
     ("dropout as text", construct(dropout="0.1"), TypeError, "dropout.*number.*'0.1'"),
@@ -393,7 +392,7 @@ FUNCTION = [
         r"sink.*\(4,\).*\(3,\)",
     ),
     ("sink as text", attend(sink="zero"), TypeError, "sink.*'zero'"),
-    ("dropout 1", attend(dropout=1.0), ValueError, "dropout.*below 1"),
+    ("dropout 1.5", attend(dropout=1.5), ValueError, "dropout.*0 to 1.*1.5"),
     ("seed as text", attend(dropout=0.1, seed="s"), TypeError, "seed.*'s'"),
     ("return_scores text", attend(return_scores="y"), TypeError, "return_scores.*'y'"),
     (

@@ -5,6 +5,7 @@ Attention runs over some of the position axes, in row-major order as one long ax
 others join the batch. With the usual input `(B, T, D)` there is nothing to fold.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -130,7 +131,7 @@ class AttentionAxes:
         batch, attended = len(self.batch), len(self.attended)
         edges = (0, batch, batch + 1, batch + 1 + attended, len(full))
         target, merged = [], []
-        for start, stop in zip(edges, edges[1:]):
+        for start, stop in itertools.pairwise(edges):
             group = tuple(ops.shape(x)[start:stop])
             if start != batch and any(size != 1 for size in x.shape[start:stop]):
                 group = full[start:stop]

@@ -56,7 +56,7 @@ class MultiHeadAttention(keras.layers.Layer):
         num_heads: Number of query heads, N.
         key_dim: Width of each head of query and key, H.
         value_dim: Width of each head of value, V. Defaults to `key_dim`.
-        dropout: Share of the attention weights to drop in training, in [0, 1).
+        dropout: Share of the attention weights to drop in training, from 0 to 1.
         use_bias: Whether the projections add a bias.
         output_shape: Features of the output: an int, or a tuple for several axes.
             Defaults to the features of the query.
@@ -572,7 +572,6 @@ class MultiHeadAttention(keras.layers.Layer):
                 "`return_attention_scores=True` needs all scores in memory, which "
                 "`flash_attention=True` forbids. Use `flash_attention=None`."
             )
-
 
     # ------------------------------------------------------------------ symbolic
 

@@ -51,7 +51,7 @@ def dot_product_attention(
         sink: A logit that joins every softmax without a key or a value, so that the
             weights of a row may sum to less than 1: a number for all heads (0 gives
             softmax1) or a tensor of shape `(N,)`.
-        dropout: Share of the attention weights to drop, at least 0 and below 1.
+        dropout: Share of the attention weights to drop, from 0 to 1.
         seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
             the same weights in every call.
         return_scores: Whether to return the attention weights too.
@@ -83,14 +83,14 @@ def dot_product_attention(
         Gemma Team, 2024 (soft cap): https://arxiv.org/abs/2408.00118
         Xiao et al., 2023 (sinks): https://arxiv.org/abs/2309.17453
     """
-    options = dict(
-        scale=scale,
-        logit_soft_cap=logit_soft_cap,
-        dropout=dropout,
-        seed=seed,
-        return_scores=return_scores,
-        implementation=implementation,
-    )
+    options = {
+        "scale": scale,
+        "logit_soft_cap": logit_soft_cap,
+        "dropout": dropout,
+        "seed": seed,
+        "return_scores": return_scores,
+        "implementation": implementation,
+    }
     if any(is_symbolic(x) for x in (query, key, value, mask, bias, sink)):
         operation = DotProductAttention(**options)
         return operation.symbolic_call(

@@ -92,7 +92,9 @@ def test_all_kinds_of_masks_count_together(layer):
     seen &= ids[0][:, :, None] == ids[1][:, None]
     seen &= np.tril(np.ones((T, S), "bool"))
     assert seen.any() and not seen.all()
-    np.testing.assert_array_equal(scores > 0, np.broadcast_to(seen[:, None], scores.shape))
+    np.testing.assert_array_equal(
+        scores > 0, np.broadcast_to(seen[:, None], scores.shape)
+    )
 
 
 @pytest.mark.parametrize(
@@ -209,9 +211,7 @@ def test_masking_and_embedding_reach_both_sides_of_a_functional_model():
     layer = keras_mha.MultiHeadAttention(num_heads=2, key_dim=4)
     _, scores = layer(embed(target), embed(source), return_attention_scores=True)
     model = keras.Model([target, source], scores)
-    scores = to_numpy(
-        model([to_tensor([[1, 2, 0]]), to_tensor([[3, 0, 4, 0]])])
-    )
+    scores = to_numpy(model([to_tensor([[1, 2, 0]]), to_tensor([[3, 0, 4, 0]])]))
     seen = np.array([[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 0, 0]], "bool")
     np.testing.assert_array_equal(scores[0] > 0, np.broadcast_to(seen, (2, 3, 4)))
 

@@ -299,14 +299,14 @@ def test_int8_stays_near_and_is_saved(tmp_path):
 # ---------------------------------------------------------------------- golden
 
 
-@pytest.mark.parametrize("archive", sorted(GOLDEN.glob("*.keras")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "archive", sorted(GOLDEN.glob("*.keras")), ids=lambda p: p.stem
+)
 def test_archives_of_earlier_versions_load_for_ever(archive):
     model = keras.saving.load_model(archive)
     numbers = np.load(archive.with_suffix(".npz"))
     inputs = {name: to_tensor(numbers[name]) for name in ("query", "value")}
-    np.testing.assert_allclose(
-        to_numpy(model(inputs)), numbers["output"], atol=1e-5
-    )
+    np.testing.assert_allclose(to_numpy(model(inputs)), numbers["output"], atol=1e-5)
 
 
 def test_there_is_an_archive_of_this_version():

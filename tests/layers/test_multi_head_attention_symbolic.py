@@ -37,8 +37,12 @@ def test_symbolic_shapes_are_the_real_ones(arguments, query, value, output, scor
 
     sizes = [[2, *(11 if n is None else n for n in shape)] for shape in (query, value)]
     results = keras.Model(inputs, outputs)([to_tensor(normal(*size)) for size in sizes])
-    for symbol, result in zip(outputs, results):
-        known = [size == real for size, real in zip(symbol.shape, result.shape) if size]
+    for symbol, result in zip(outputs, results, strict=True):
+        known = [
+            size == real
+            for size, real in zip(symbol.shape, result.shape, strict=True)
+            if size
+        ]
         assert all(known) and len(symbol.shape) == len(result.shape)
 
 
@@ -87,9 +91,7 @@ def test_every_call_argument_may_be_an_input_of_a_functional_model():
     ids = RNG.integers(0, 2, (2, 5)), RNG.integers(0, 2, (2, 7))
     expected = layer(to_tensor(query), to_tensor(value), **numbers, segment_ids=ids)
     tensors = [to_tensor(a) for a in (query, value, *numbers.values(), *ids)]
-    np.testing.assert_allclose(
-        to_numpy(model(tensors)), to_numpy(expected), atol=1e-6
-    )
+    np.testing.assert_allclose(to_numpy(model(tensors)), to_numpy(expected), atol=1e-6)
 
 
 def test_a_mask_object_in_a_functional_model_is_saved_with_it(tmp_path):
@@ -155,7 +157,6 @@ def test_the_layer_compiles_with_unknown_batch_and_length(
     import tensorflow as tf
 
     layer, call, x, expected = layer_call_and_expected
-    call = {name: tf.constant(mask) if name == "query_mask" else mask for name, mask in call.items()}
     signature = [tf.TensorSpec((None, None, 12))]
     function = tf.function(
         lambda x: layer(x, **call), input_signature=signature, jit_compile=jit_compile

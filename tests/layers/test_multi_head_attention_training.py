@@ -40,6 +40,12 @@ def test_another_seed_drops_other_weights():
     assert np.abs(trained_outputs(seed=3)[0] - trained_outputs(seed=4)[0]).max() > 1e-3
 
 
+def test_dropping_everything_leaves_the_output_bias():
+    layer = layer_with(dropout=1.0, bias_initializer="ones")
+    output = to_numpy(layer(to_tensor(X), training=True))
+    np.testing.assert_array_equal(output, np.ones_like(output))
+
+
 def test_asking_for_the_scores_does_not_change_what_is_dropped():
     x = to_tensor(X)
     without = layer_with(dropout=0.5, seed=3)(x, x, training=True)
