@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_mha
-from tests.helpers import only_jax, to_numpy, to_tensor
+from tests.helpers import only_jax, only_torch, to_numpy, to_tensor
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 6, 12)).astype("float32")
@@ -66,6 +66,17 @@ def test_dropout_is_off_at_inference_and_draws_nothing():
     np.testing.assert_array_equal(to_numpy(output), to_numpy(expected))
     after = to_numpy(configured._dropout_layer.seed_generator.state)
     np.testing.assert_array_equal(after, state)
+
+
+@only_torch
+def test_a_configured_dropout_keeps_the_fused_kernel_at_inference():
+    x = to_tensor(X)
+    layer = layer_with(dropout=0.5, flash_attention=True)
+    plain = layer_with()
+    expected = plain(x)
+    layer(x)
+    layer.set_weights(plain.get_weights())
+    np.testing.assert_array_equal(to_numpy(layer(x)), to_numpy(expected))
 
 
 # ---------------------------------------------------------------------- Keras habits
