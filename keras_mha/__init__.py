@@ -1,5 +1,6 @@
 """Multi-head attention for Keras 3, correct on TensorFlow, JAX and PyTorch."""
 
+import keras_mha._keras  # noqa: F401  first, to say what to do without a backend
 from keras_mha import masks
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: List of strings, the arguments, or `None` for the process's own.
 
     Returns:
-        The exit code: 0 when all went well, 1 when something failed or is not
+        The exit code: 0 when all went well, 1 when something failed or an extra is not
         installed. Wrong usage raises `SystemExit(2)`, as argparse does.
     """
     arguments = _parser().parse_args(argv)
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     except (demo.MissingExtra, info.ChildProcessFailed, OSError) as error:
         print(f"keras-mha: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130  # what a shell reports of a command that was interrupted
 
 
 def _parser() -> argparse.ArgumentParser:

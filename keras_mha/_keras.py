@@ -2,7 +2,17 @@
 
 from typing import Any, TypeAlias
 
-import keras
+try:
+    import keras
+except ModuleNotFoundError as error:
+    if error.name == "keras":
+        raise
+    raise ImportError(
+        f"Keras is set to a backend that is not installed: there is no module named "
+        f"{error.name!r}. Install it (the extras of keras-mha are named after the "
+        "backends), or set the environment variable KERAS_BACKEND to one that is "
+        "installed."
+    ) from error
 
 # Keras keeps the mask of a tensor that takes no attributes (a JAX array) in a table of
 # its own, which only these two reach.

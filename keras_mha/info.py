@@ -76,7 +76,7 @@ def run_under(backend: str, module: str, *arguments: str, show: bool = False) ->
         **os.environ,
         "KERAS_BACKEND": backend,
         # The same modules as here, from an installation or a checkout alike, and none
-        # of what lies in the folder that the user happens to stand in.
+        # of what lies in the folder that the user stands in (from Python 3.11 on).
         "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
         "PYTHONSAFEPATH": "1",
     }

@@ -25,6 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 MATRIX = "tests/matrix"
 OUTCOMES = ("passed", "failed", "skipped")
+# Most of the time under JAX goes into compiling tiny functions once each: compile them
+# quickly, and not again in the other worker or the next run.
+QUICK_COMPILATION = {
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 
 
@@ -40,24 +49,23 @@ def backend_environment(backend, threads):
     """The environment of a suite whose workers may use `threads` threads each."""
     return {
         **os.environ,
+        **QUICK_COMPILATION,
         "KERAS_BACKEND": backend,
         "TF_CPP_MIN_LOG_LEVEL": "2",
         # Without these every worker starts a thread per core for every library.
         "OMP_NUM_THREADS": str(threads),  # torch, NumPy
         "TF_NUM_INTRAOP_THREADS": str(threads),
         "NPROC": str(threads),  # XLA's pool on the CPU
-        # Most of the time under JAX goes into compiling tiny functions once each:
-        # compile them quickly, and not again in the other worker or the next run.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true",
-        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
 def matrix_environment():
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    environment = {
+        **os.environ,
+        **QUICK_COMPILATION,
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     environment.pop("KERAS_BACKEND", None)  # the matrix sets it for each process
     return environment
 

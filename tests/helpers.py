@@ -36,9 +36,12 @@ def to_tensor(array: Any, dtype: str | None = None) -> Any:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """A NumPy array; every float type comes as float64, which holds it exactly."""
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    # TensorFlow makes no NumPy array of a bfloat16 that has no axes.
+    if dtype == "bfloat16" and keras.backend.backend() == "tensorflow":
+        tensor = keras.ops.cast(tensor, "float32")
     array = keras.ops.convert_to_numpy(tensor)
-    is_float = "float" in keras.backend.standardize_dtype(tensor.dtype)
-    return array.astype("float64") if is_float else array
+    return array.astype("float64") if "float" in dtype else array
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -107,7 +107,7 @@ def test_failed_training_shows_its_error_and_is_exit_code_1(
     def fail(*arguments, **options):
         raise info.ChildProcessFailed("out of digits")
 
-    monkeypatch.setattr(demo, "run_under", fail)
+    monkeypatch.setattr(info, "run_under", fail)
     assert main(["demo", "--output", str(tmp_path)]) == 1
     assert "out of digits" in capsys.readouterr().err
 

@@ -27,6 +27,20 @@ def test_importing_the_package_imports_no_other_backend_and_no_extra():
     assert not added & unwanted
 
 
+def test_a_backend_that_is_not_installed_is_named_with_what_to_do():
+    hide = (
+        "import sys; sys.modules['tensorflow'] = None; sys.modules['jax'] = None; "
+        "sys.modules['torch'] = None; import keras_mha"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", hide], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: Keras is set to a backend")
+    assert keras.backend.backend() in last and "KERAS_BACKEND" in last
+
+
 def test_importing_the_package_is_all_that_loading_needs():
     name = "keras_mha>MultiHeadAttention"
     assert keras.saving.get_registered_object(name) is keras_mha.MultiHeadAttention

@@ -10,15 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from keras_mha.info import (
-    BACKENDS,
-    ChildProcessFailed,
-    backend_version,
-    install_hint,
-    run_under,
-)
+from keras_mha import info
 
-EPOCHS = 10
+EPOCHS = 8
 REQUIREMENTS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
 
@@ -47,13 +41,13 @@ def run(backend: str, epochs: int, output: Path, seed: int) -> int:
 
     output.mkdir(parents=True, exist_ok=True)
     model, picture = output / "digits.keras", output / "attention.png"
-    print(f"Training on {backend}, {backend_version(backend)}", flush=True)
+    print(f"Training on {backend}, {info.backend_version(backend)}", flush=True)
     trained = _child(backend, "train", model, picture, epochs, seed, show=True)
     print(f"Trained in {trained.seconds:.0f} s, loading {model}", flush=True)
-    outcomes = {name: _evaluate(name, model) for name in BACKENDS}
+    outcomes = {name: _evaluate(name, model) for name in info.BACKENDS}
     table.show(outcomes, backend, trained)
     print(f"The model: {model}\nWhat it looked at: {picture}")
-    failures = [o for o in outcomes.values() if isinstance(o, ChildProcessFailed)]
+    failures = [o for o in outcomes.values() if isinstance(o, info.ChildProcessFailed)]
     for failure in failures:
         print(f"keras-mha: error: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -67,18 +61,17 @@ def check_requirements() -> None:
         if importlib.util.find_spec(module) is None
     ]
     if missing:
-        raise MissingExtra(
-            f"the demo needs {', '.join(missing)}, {install_hint('demo')} installs it"
-        )
+        hint = info.install_hint("demo")
+        raise MissingExtra(f"the demo needs {', '.join(missing)}, {hint} installs it")
 
 
 def _evaluate(backend: str, model: Path):
     """Returns the `Result`, the failure, or `None` where there is no such backend."""
-    if backend_version(backend) is None:
+    if info.backend_version(backend) is None:
         return None
     try:
         return _child(backend, "evaluate", model)
-    except ChildProcessFailed as failure:
+    except info.ChildProcessFailed as failure:
         return failure
 
 
@@ -88,5 +81,5 @@ def _child(backend: str, module: str, *arguments, show: bool = False):
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.npz"
         arguments = [str(argument) for argument in (result, *arguments)]
-        run_under(backend, f"{__name__}.{module}", *arguments, show=show)
+        info.run_under(backend, f"{__name__}.{module}", *arguments, show=show)
         return Result.load(result)

@@ -6,13 +6,19 @@ import keras
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from keras_mha import MultiHeadAttention
-from keras_mha.demo.model import GRID
+from keras_mha.demo.model import GRID, TOKENS
 
 COLUMNS = 5
 EXTENT = (0, 8, 8, 0)  # pixels: images and patches cover the same square
+# From nothing at all, so that the digit shows through, to a strong orange.
+HIGHLIGHT = LinearSegmentedColormap.from_list(
+    "highlight", [(1.0, 0.6, 0.0, 0.0), (1.0, 0.45, 0.0, 0.55), (0.85, 0.1, 0.0, 0.8)]
+)
 
 
 def attention_scores(model: keras.Model, images: np.ndarray) -> list[np.ndarray]:
@@ -59,39 +65,45 @@ def draw(
         path: Where to write the picture, a PNG.
     """
     answers = model.predict(images, batch_size=len(images), verbose=0).argmax(-1)
-    chosen = _choose(answers, classes)
+    chosen = choose(answers, classes)
     attention = rollout(attention_scores(model, images[chosen]))
     rows = -(-len(chosen) // COLUMNS)
-    figure = Figure(figsize=(2 * COLUMNS, 2.3 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(2 * COLUMNS, 2.1 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("Which patches led to the answer (attention rollout)")
+    figure.suptitle("Patches behind each answer (attention rollout), mistakes in red")
     grid = figure.subplots(rows, COLUMNS, squeeze=False)
-    for axes in grid.flat:
+    for axes in grid.flat[len(chosen) :]:
         axes.set_axis_off()
     for axes, index, shares in zip(grid.flat, chosen, attention, strict=False):
         overlay = _draw_digit(axes, images[index], shares, attention.max())
         _label(axes, answers[index], classes[index])
     figure.colorbar(
-        overlay, ax=grid, shrink=0.6, label="share of the attention", format="{x:.0%}"
+        overlay,
+        ax=grid,
+        shrink=0.6,
+        format="{x:.0%}",
+        label=f"share of the attention, from an even share of {1 / TOKENS:.2%}",
     )
     figure.savefig(path, dpi=120)
 
 
-def _choose(answers: np.ndarray, classes: np.ndarray) -> list[int]:
-    """The first digit of each class, then the first digits that went wrong."""
+def choose(answers: np.ndarray, classes: np.ndarray) -> list[int]:
+    """Picks the first digit of each class, then the first few that went wrong."""
     first = [int(np.argmax(classes == digit)) for digit in range(10)]
     wrong = [int(i) for i in np.flatnonzero(answers != classes) if i not in first]
     return first + wrong[:COLUMNS]
 
 
-def _draw_digit(axes: Axes, image: np.ndarray, shares: np.ndarray, largest: float):
-    axes.imshow(image, cmap="gray_r", extent=EXTENT)
-    patches = shares.reshape(GRID, GRID)
+def _draw_digit(
+    axes: Axes, image: np.ndarray, shares: np.ndarray, largest: float
+) -> AxesImage:
+    axes.imshow(image, cmap="gray_r", vmax=1.15, extent=EXTENT, interpolation="bicubic")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("lightgray")
     return axes.imshow(
-        patches,
-        cmap="Oranges",
-        alpha=0.75 * patches / largest,
-        vmin=0,
+        shares.reshape(GRID, GRID),
+        cmap=HIGHLIGHT,
+        vmin=1 / TOKENS,
         vmax=largest,
         extent=EXTENT,
     )
@@ -99,6 +111,6 @@ def _draw_digit(axes: Axes, image: np.ndarray, shares: np.ndarray, largest: floa
 
 def _label(axes: Axes, answer: int, true: int) -> None:
     if answer == true:
-        axes.set_title(f"{answer}")
+        axes.set_title(f"read as {answer}")
     else:
-        axes.set_title(f"{answer}, is a {true}", color="firebrick")
+        axes.set_title(f"read as {answer}, is {true}", color="firebrick")

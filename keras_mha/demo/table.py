@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from keras_mha import info
 from keras_mha.demo.results import Result
-from keras_mha.info import backend_version, install_hint
 
 
 def show(
@@ -23,8 +23,10 @@ def show(
     """
     table = Table(
         title=f"One file, trained on {trained_on}, under every backend",
-        caption=f"{len(trained.logits)} test digits; seconds to load and classify",
         box=box.SIMPLE_HEAD,
+        collapse_padding=True,  # so that it fits in 80 columns
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("backend")
     table.add_column("version", overflow="fold")
@@ -34,20 +36,27 @@ def show(
     for backend, outcome in outcomes.items():
         # Text, as rich would take the brackets of "keras-mha[jax]" for a style.
         table.add_row(*map(Text, _row(backend, outcome, trained)))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"\n{len(trained.logits)} test digits. Difference: of the logits from those of "
+        f"{trained_on} after training. Seconds: to load and to classify.",
+        highlight=False,
+    )
 
 
 def _row(
     backend: str, outcome: Result | Exception | None, trained: Result
 ) -> list[str]:
     if outcome is None:
-        return [backend, f"not installed\n{install_hint(backend)}", "", "", ""]
+        return [backend, f"not installed\n{info.install_hint(backend)}", "", "", ""]
+    version = info.backend_version(backend)
     if isinstance(outcome, Exception):
-        return [backend, f"{backend_version(backend)}\nfailed, see below", "", "", ""]
+        return [backend, f"{version}\nfailed, see below", "", "", ""]
     difference = np.abs(outcome.logits - trained.logits).max()
     return [
         backend,
-        backend_version(backend),
+        version,
         f"{outcome.accuracy:.1%}",
         f"{difference:.1e}",
         f"{outcome.seconds:.1f}",

@@ -46,7 +46,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 def _logits(call: AttentionCall) -> Tensor:
     query, key = _accurate(call.query), _accurate(call.key)
-    logits = _query_dot_key(query * ops.cast(call.scale, query.dtype), key)
+    logits = _query_dot_key(query * call.scale, key)
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
     if call.bias is not None:
@@ -70,17 +70,17 @@ def _masked_softmax(
     logits: Tensor, allowed: Tensor | None, sink: Tensor | None
 ) -> Tensor:
     if allowed is not None:
-        logits = ops.where(allowed, logits, ops.cast(_LOWEST, logits.dtype))
-    if sink is None:
-        weights = ops.softmax(logits, axis=-1)
-    else:
+        logits = ops.where(allowed, logits, _LOWEST)
+    if sink is not None:
         sink = ops.reshape(ops.cast(sink, logits.dtype), (1, -1, 1, 1))
         column = ops.zeros_like(logits[..., :1]) + sink
         weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
         weights = weights[..., :-1]
-    if allowed is not None:
-        weights = ops.where(allowed, weights, ops.cast(0, weights.dtype))
-    return weights
+    elif logits.shape[-1] == 1:
+        weights = ops.ones_like(logits)  # Keras warns of a softmax of one number
+    else:
+        weights = ops.softmax(logits, axis=-1)
+    return weights if allowed is None else ops.where(allowed, weights, 0.0)
 
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:

@@ -87,7 +87,9 @@ QUERY_WIDTH, VALUE_WIDTH, KEY_WIDTH = 6, 5, 4
 
 CONSTRUCTORS = {
     "heads": st.sampled_from([(1, None), (2, None), (4, 2), (4, 1), (3, 3)]),
-    "key_dim": st.sampled_from([2, 4]),
+    # Two features less their mean, over their deviation, are 1 and -1: a step, at which
+    # float32 has no gradient to speak of. Hence heads that are wider than that.
+    "key_dim": st.sampled_from([4, 5]),
     "value_dim": st.sampled_from([None, 3]),
     "use_bias": st.booleans(),
     "output_shape": st.sampled_from([None, 5, (2, 3)]),
@@ -349,7 +351,8 @@ def test_row_that_sees_nothing_gives_the_output_bias(dtype, use_gate):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "float32") for name in FEATURES]
+    # "all" has the other features in it, and compiling each apart takes JAX long.
+    [(name, "float32") for name in ("plain", "layer norm", "l2 norm", "all")]
     + [(name, dtype) for name in ("plain", "all") for dtype in ("bfloat16", "float16")],
 )
 def test_no_gradient_through_rows_that_see_nothing(name, dtype):

@@ -64,6 +64,22 @@ def attend(query, key, value, **options):
     return to_numpy(found)
 
 
+@pytest.mark.filterwarnings("error")
+def test_one_key_gets_all_the_attention_and_no_warning():
+    query, key, value = heads(S=1)
+    _, scores = attend(query, key, value, return_scores=True)
+    np.testing.assert_array_equal(scores, np.ones_like(scores))
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only when told so")
+def test_float64_keeps_its_precision():
+    arrays = heads()
+    tensors = [to_tensor(x, "float64") for x in arrays]
+    found = keras_mha.dot_product_attention(*tensors, implementation="reference")
+    expected, _ = oracle.dot_product_attention(*arrays)
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-14)
+
+
 # ------------------------------------------------------------- calls drawn at random
 
 # A shape is a word: b, t, s, n are the sizes, 1 is itself.
