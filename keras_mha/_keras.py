@@ -40,6 +40,12 @@ def is_float(x: Tensor) -> bool:
     return "float" in dtype_name(x)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Casts float16 and bfloat16 to float32 and leaves float32 and float64 alone."""
+    half = dtype_name(x) in ("float16", "bfloat16")
+    return keras.ops.cast(x, "float32") if half else x
+
+
 def is_integer(x: Tensor) -> bool:
     """Whether `x` holds whole numbers (booleans do not count)."""
     return "int" in dtype_name(x)
@@ -48,6 +54,7 @@ def is_integer(x: Tensor) -> bool:
 __all__ = [
     "Shape",
     "Tensor",
+    "at_least_float32",
     "dtype_name",
     "get_keras_mask",
     "is_float",

@@ -18,7 +18,7 @@ References:
 import keras
 from keras import ops
 
-from keras_mha._keras import Tensor
+from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import whole_tile
 
@@ -45,7 +45,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
 
 def _logits(call: AttentionCall) -> Tensor:
-    query, key = _accurate(call.query), _accurate(call.key)
+    query, key = at_least_float32(call.query), at_least_float32(call.key)
     logits = _query_dot_key(query * call.scale, key)
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
@@ -76,10 +76,10 @@ def _masked_softmax(
         column = ops.zeros_like(logits[..., :1]) + sink
         weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
         weights = weights[..., :-1]
-    elif logits.shape[-1] == 1:
-        weights = ops.ones_like(logits)  # Keras warns of a softmax of one number
     else:
-        weights = ops.softmax(logits, axis=-1)
+        # As a tuple, since Keras warns of an `axis=-1` that has one key.
+        axis = (-1,) if logits.shape[-1] == 1 else -1
+        weights = ops.softmax(logits, axis=axis)
     return weights if allowed is None else ops.where(allowed, weights, 0.0)
 
 
@@ -104,8 +104,3 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     output = ops.einsum("bkgts,bskv->btkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))
-
-
-def _accurate(x: Tensor) -> Tensor:
-    """Casts half precision to float32 and leaves float32 and float64 alone."""
-    return ops.cast(x, keras.backend.result_type(x.dtype, "float32"))

@@ -6,10 +6,9 @@ References:
     Zhang and Sennrich, 2019, RMSNorm: https://arxiv.org/abs/1910.07467
 """
 
-import keras
 from keras import ops
 
-from keras_mha._keras import Tensor
+from keras_mha._keras import Tensor, at_least_float32
 
 QK_NORMS = (None, "rms", "layer", "l2")
 
@@ -33,7 +32,7 @@ def normalize_heads(
         A tensor with the shape and dtype of `x`.
     """
     dtype = x.dtype
-    x = ops.cast(x, keras.backend.result_type(dtype, "float32"))
+    x = at_least_float32(x)
     if kind == "l2":
         squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
         return ops.cast(x * ops.rsqrt(ops.maximum(squares, epsilon**2)), dtype)
