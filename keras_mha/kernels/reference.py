@@ -77,8 +77,8 @@ def _masked_softmax(
         weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
         weights = weights[..., :-1]
     else:
-        # As a tuple, since Keras warns of an `axis=-1` that has one key.
-        axis = (-1,) if logits.shape[-1] == 1 else -1
+        # As a tuple where there is one key: of an int, Keras would warn.
+        axis = (3,) if logits.shape[-1] == 1 else -1
         weights = ops.softmax(logits, axis=axis)
     return weights if allowed is None else ops.where(allowed, weights, 0.0)
 
