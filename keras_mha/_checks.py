@@ -73,7 +73,7 @@ def dropout_rate(name: str, value: Any) -> float:
 
 def choice(name: str, value: Any, options: Sequence[Any]) -> Any:
     """Returns `value` if it is one of `options`, or raises."""
-    if not any(value is option or value == option for option in options):
+    if not (value is None or isinstance(value, str)) or value not in options:
         listed = ", ".join(repr(option) for option in options)
         raise ValueError(
             f"`{name}` must be one of {listed}. Received: {name}={value!r}"

@@ -40,6 +40,18 @@ def is_float(x: Tensor) -> bool:
     return "float" in dtype_name(x)
 
 
+def as_tensor(value: Any) -> Tensor | None:
+    """Returns `value` as a tensor, or `None` if it is no tensor of numbers."""
+    if value is None:
+        return None
+    try:
+        tensor = keras.ops.convert_to_tensor(value)
+    except Exception:  # each backend raises errors of its own kind
+        return None
+    is_number = is_float(tensor) or is_integer(tensor) or dtype_name(tensor) == "bool"
+    return tensor if is_number else None
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Casts float16 and bfloat16 to float32 and leaves float32 and float64 alone."""
     half = dtype_name(x) in ("float16", "bfloat16")
@@ -54,6 +66,7 @@ def is_integer(x: Tensor) -> bool:
 __all__ = [
     "Shape",
     "Tensor",
+    "as_tensor",
     "at_least_float32",
     "dtype_name",
     "get_keras_mask",

@@ -23,6 +23,7 @@ from keras_mha import _checks
 from keras_mha._keras import (
     Shape,
     Tensor,
+    as_tensor,
     dtype_name,
     is_float,
     is_integer,
@@ -101,7 +102,7 @@ class Mask:
     >>> class Dilated(keras_mha.masks.Mask):
     ...     def allowed(self, rows, columns):
     ...         return (rows - columns) % 2 == 0
-    >>> layer(x, attention_mask=Dilated() & keras_mha.masks.Causal())
+    >>> mask = Dilated() & keras_mha.masks.Causal()
     """
 
     def allowed(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -318,9 +319,9 @@ class Segments(Mask):
                 )
 
     def block(self, tile):
-        rows = tile.cut_rows(ops.cast(self.query_ids, "int32"), 1)
-        columns = tile.cut_columns(ops.cast(self.key_ids, "int32"), 1)
-        return rows[:, None, :, None] == columns[:, None, None, :]
+        rows = tile.cut_rows(self.query_ids, 1)
+        columns = tile.cut_columns(self.key_ids, 1)
+        return ops.equal(rows[:, None, :, None], columns[:, None, None, :])
 
     def check(self, scores_shape):
         batch, _, rows, columns = scores_shape
@@ -469,7 +470,7 @@ def _hold_tensor(mask: Mask, name: str, rank: int | None = None) -> None:
             "look inside mask objects. Give the layer the tensor itself, as "
             "`attention_mask=`, `query_mask=`, `value_mask=` or `segment_ids=`."
         )
-    tensor = _as_tensor(value)
+    tensor = as_tensor(value)
     if tensor is None:
         raise TypeError(
             f"`{name}` of {kind} must be an array or a tensor of booleans or numbers. "
@@ -482,16 +483,6 @@ def _hold_tensor(mask: Mask, name: str, rank: int | None = None) -> None:
             f"Received: shape {tuple(value.shape)}"
         )
     object.__setattr__(mask, name, value)
-
-
-def _as_tensor(value: Any) -> Tensor | None:
-    """Returns `value` as a tensor, or `None` if it is no tensor of numbers."""
-    try:
-        tensor = ops.convert_to_tensor(value)
-    except Exception:  # each backend raises errors of its own kind
-        return None
-    is_number = is_float(tensor) or is_integer(tensor) or dtype_name(tensor) == "bool"
-    return tensor if is_number else None
 
 
 def _check_shape(mask: Mask, name: str, value: Tensor, expected: Shape) -> None:

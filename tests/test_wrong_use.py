@@ -54,6 +54,11 @@ def attend(query=(2, 5, 4, 8), key=(2, 7, 4, 8), value=(2, 7, 4, 8), **arguments
     return lambda: keras_mha.dot_product_attention(query, key, value, **arguments)
 
 
+class WrongShape(masks.Mask):
+    def allowed(self, rows, columns):
+        return keras.ops.transpose(rows >= columns)
+
+
 def mask_attend(mask):
     return lambda: keras_mha.dot_product_attention(
         floats(2, 5, 4, 8), floats(2, 7, 4, 8), floats(2, 7, 4, 8), mask=mask()
@@ -115,6 +120,7 @@ CONSTRUCTOR = [
     ),
     ("no groups", construct(num_key_value_heads=0), ValueError, "num_key_value_heads"),
     ("unknown norm", construct(qk_norm="batch"), ValueError, "qk_norm.*'rms'.*'batch'"),
+    ("norm an array", construct(qk_norm=np.ones(2)), ValueError, "qk_norm.*one of"),
     ("norm a bool", construct(qk_norm=True), ValueError, "qk_norm.*one of.*True"),
     ("epsilon 0", construct(qk_norm_epsilon=0), ValueError, "qk_norm_epsilon.*above 0"),
     (
@@ -341,6 +347,24 @@ CALL = [
         ValueError,
         "fused.*flash_attention=True",
     ),
+    (
+        "causal as text",
+        call(use_causal_mask="no"),
+        TypeError,
+        "use_causal_mask.*True or False.*'no'",
+    ),
+    (
+        "a causal mask as the flag",
+        call(use_causal_mask=np.ones((5, 7), "bool")),
+        TypeError,
+        "use_causal_mask.*True or False",
+    ),
+    (
+        "scores as text",
+        call(return_attention_scores="no"),
+        TypeError,
+        "return_attention_scores.*'no'",
+    ),
     ("unknown call argument", call(mask=booleans(2, 7)), TypeError, "mask"),
 ]
 
@@ -367,6 +391,8 @@ FUNCTION = [
     ),
     ("widths differ", attend(key=(2, 7, 4, 6)), ValueError, "same width.*2, 7, 4, 6"),
     ("whole numbers", attend(query=integers(2, 5, 4, 8)), TypeError, "query.*int32"),
+    ("nothing", attend(query=None), TypeError, "query.*tensor.*None"),
+    ("text", attend(query="x"), TypeError, "query.*tensor.*'x'"),
     ("bias too long", attend(bias=floats(5, 8)), ValueError, "bias.*2, 4, 5, 7.*5, 8"),
     (
         "bias with five axes",
@@ -454,6 +480,12 @@ MASKS = [
         "Mask must implement `allowed",
     ),
     (
+        "a mask that answers in another shape",
+        mask_attend(WrongShape),
+        ValueError,
+        r"WrongShape.*broadcast to \(2, 4, 5, 7\).*\(7, 5\)",
+    ),
+    (
         "offsets of another batch",
         mask_attend(lambda: masks.Causal(np.zeros(3, "int32"))),
         ValueError,
@@ -514,6 +546,12 @@ def symbolic(layer=None, query=(5, 16), value=(7, 12), **shapes_and_dtypes):
 def test_a_functional_model_says_it_while_it_is_made(wrong_use, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         wrong_use()
+
+
+def test_dropout_of_the_function_is_refused_in_a_functional_model():
+    x = keras.Input((5, 4, 8))
+    with pytest.raises(ValueError, match=r"dropout.*Functional.*MultiHeadAttention"):
+        keras_mha.dot_product_attention(x, x, x, dropout=0.1)
 
 
 def test_a_failed_build_leaves_the_layer_to_be_built_rightly():

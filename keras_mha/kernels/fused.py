@@ -8,7 +8,8 @@ import keras
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.masks import Causal, Mask, whole_tile
+from keras_mha.kernels.masking import allowed_pairs
+from keras_mha.masks import Causal, Mask
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -35,7 +36,8 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
     """
     import torch
 
-    causal = call.bias is None and _is_causal(call.mask)
+    # With a negative scale torch's own causal mask gives NaN; a mask of booleans not.
+    causal = call.bias is None and call.scale > 0 and _is_causal(call.mask)
     mask, seen = (None, None) if causal else _torch_mask(call)
     output = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (call.query, call.key, call.value)),
@@ -61,18 +63,14 @@ def _torch_mask(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
     """
     import torch
 
-    allowed = None
-    if call.mask is not None:
-        allowed = call.mask.block(whole_tile(call.query.shape[1], call.key.shape[1]))
-    if call.bias is not None:
-        finite = call.bias > -torch.inf
-        allowed = finite if allowed is None else allowed & finite
+    allowed = allowed_pairs(call)
     if allowed is None:
         return None, None
     seen = allowed.any(dim=-1, keepdim=True)
-    allowed = allowed | ~seen
     if call.bias is None:
-        return allowed, seen
-    bias = call.bias.to(call.query.dtype)
-    lowest = torch.where(seen, -torch.inf, 0.0).to(bias.dtype)
-    return torch.where(allowed & finite, bias, lowest), seen
+        return allowed | ~seen, seen
+    dtype = call.query.dtype
+    # Finite, since a float32 bias may be out of the range of float16.
+    bias = call.bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+    hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
+    return torch.where(allowed, bias, hidden), seen

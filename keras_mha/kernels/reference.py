@@ -9,7 +9,7 @@ Every other kernel is held to this one, and only this one can return the scores:
     output  = dropout(weights) . value
 
 A row whose every key is masked (or has a bias of minus infinity) gets weights of 0,
-and so do the gradients through it. float16 and bfloat16 are computed in float32.
+and the gradients through it are 0. float16 and bfloat16 are computed in float32.
 
 References:
     Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
@@ -20,10 +20,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.masks import whole_tile
-
-# Far below any score, and finite, so that no row turns into inf - inf.
-_LOWEST = -1e30
+from keras_mha.kernels.masking import LOWEST, allowed_pairs
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -35,8 +32,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """
     dtype = call.query.dtype
     logits = _logits(call)
-    allowed = _allowed(call, logits)
-    weights = _masked_softmax(logits, allowed, call.sink)
+    weights = _masked_softmax(logits, allowed_pairs(call), call.sink)
     dropped = weights
     if call.dropout > 0:
         dropped = keras.random.dropout(weights, call.dropout, seed=call.seed)
@@ -54,23 +50,11 @@ def _logits(call: AttentionCall) -> Tensor:
     return logits
 
 
-def _allowed(call: AttentionCall, logits: Tensor) -> Tensor | None:
-    """Returns who may attend, broadcastable to the logits; `None` for everybody."""
-    allowed = None
-    if call.mask is not None:
-        rows, columns = ops.shape(call.query)[1], ops.shape(call.key)[1]
-        allowed = call.mask.block(whole_tile(rows, columns))
-    if call.bias is not None:
-        finite = logits > _LOWEST
-        allowed = finite if allowed is None else ops.logical_and(allowed, finite)
-    return allowed
-
-
 def _masked_softmax(
     logits: Tensor, allowed: Tensor | None, sink: Tensor | None
 ) -> Tensor:
     if allowed is not None:
-        logits = ops.where(allowed, logits, _LOWEST)
+        logits = ops.where(allowed, logits, LOWEST)
     if sink is not None:
         sink = ops.reshape(ops.cast(sink, logits.dtype), (1, -1, 1, 1))
         column = ops.zeros_like(logits[..., :1]) + sink

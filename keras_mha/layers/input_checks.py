@@ -34,7 +34,9 @@ def check_build_shapes(query: Shape, value: Shape, key: Shape) -> None:
         )
 
 
-def check_input_shapes(axes: AttentionAxes, query: Shape, value: Shape, key: Shape):
+def check_input_shapes(
+    axes: AttentionAxes, query: Shape, value: Shape, key: Shape
+) -> None:
     """Raises unless the inputs fit together: batch axes, and key with value."""
     received = f"Received: query of shape {query}, value of shape {value}"
     if not all(map(_checks.same, value[:-1], key[:-1])):
@@ -120,7 +122,9 @@ def check_attention_bias(bias: Any, scores_shape: Shape) -> None:
         )
 
 
-def checked_segment_ids(segment_ids: Any, query: Shape, value: Shape) -> tuple:
+def checked_segment_ids(
+    segment_ids: Any, query: Shape, value: Shape
+) -> tuple[Tensor, Tensor]:
     """Returns the segment ids of the query's side and the key's side, or raises."""
     if isinstance(segment_ids, tuple | list):
         if len(segment_ids) != 2:

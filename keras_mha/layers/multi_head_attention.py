@@ -127,12 +127,13 @@ class MultiHeadAttention(keras.layers.Layer):
 
     Example:
 
-    >>> layer = keras_mha.MultiHeadAttention(num_heads=8, key_dim=64)
     >>> x = keras.random.normal((2, 10, 512))
+    >>> layer = keras_mha.MultiHeadAttention(num_heads=8, key_dim=64)
     >>> layer(x, use_causal_mask=True).shape
     (2, 10, 512)
     >>> memory = keras.random.normal((2, 6, 256))
-    >>> output, scores = layer_2(x, memory, return_attention_scores=True)
+    >>> layer = keras_mha.MultiHeadAttention(num_heads=8, key_dim=64)
+    >>> output, scores = layer(x, memory, return_attention_scores=True)
     >>> scores.shape
     (2, 8, 10, 6)
 
@@ -339,7 +340,7 @@ class MultiHeadAttention(keras.layers.Layer):
             bias_axes="YZ" if self._use_bias else None,
             activation=activation,
             name=name,
-            **self._sublayer_arguments(),
+            **self._sublayer_arguments(name),
         )
         # It need not warn that it loses the input's mask; this layer keeps it.
         dense.supports_masking = True
@@ -356,12 +357,16 @@ class MultiHeadAttention(keras.layers.Layer):
             output_shape=(None,) * (len(query_shape) - 2) + output_shape,
             bias_axes=outputs if self._use_bias else None,
             name="attention_output",
-            **self._sublayer_arguments(),
+            **self._sublayer_arguments("attention_output"),
         )
         dense.build((*query_shape[:-1], self._num_heads, self._value_dim))
         return dense
 
-    def _sublayer_arguments(self) -> dict[str, Any]:
+    def _sublayer_arguments(self, name: str) -> dict[str, Any]:
+        policy = self.dtype_policy
+        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+            # Its own part of the map, which quantization can then change.
+            policy = policy[f"{self.path}/{name}"]
         return {
             # A copy each: the same initializer twice would give the same weights.
             "kernel_initializer": _copy_of(self._kernel_initializer),
@@ -371,7 +376,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "activity_regularizer": self._activity_regularizer,
             "kernel_constraint": self._kernel_constraint,
             "bias_constraint": self._bias_constraint,
-            "dtype": self.dtype_policy,
+            "dtype": policy,
         }
 
     def _add_own_weights(self) -> None:
@@ -410,6 +415,9 @@ class MultiHeadAttention(keras.layers.Layer):
         attention_bias: Tensor | None = None,
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
+            query_mask, value_mask, key_mask, attention_mask, segment_ids
+        )
         if query_mask is None:
             # Keras fills masks in by itself only when there are several inputs.
             query_mask = get_keras_mask(query)
@@ -427,6 +435,7 @@ class MultiHeadAttention(keras.layers.Layer):
             key_mask=key_mask,
             attention_mask=attention_mask,
             return_attention_scores=return_attention_scores,
+            use_causal_mask=use_causal_mask,
             attention_bias=attention_bias,
             segment_ids=segment_ids,
         )
@@ -541,9 +550,12 @@ class MultiHeadAttention(keras.layers.Layer):
         key_mask,
         attention_mask,
         return_attention_scores,
+        use_causal_mask,
         attention_bias,
         segment_ids,
     ) -> None:
+        _checks.boolean("return_attention_scores", return_attention_scores)
+        _checks.boolean("use_causal_mask", use_causal_mask)
         shapes = {"query": query.shape, "value": value.shape, "key": key.shape}
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
         input_checks.check_ranks(self._axes.rank, shapes)
@@ -607,6 +619,9 @@ class MultiHeadAttention(keras.layers.Layer):
         """Returns what `call` would return, as placeholders."""
         value = query if value is None else value
         key = value if key is None else key
+        query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
+            query_mask, value_mask, key_mask, attention_mask, segment_ids
+        )
         self._check_call(
             query,
             value,
@@ -616,6 +631,7 @@ class MultiHeadAttention(keras.layers.Layer):
             key_mask=key_mask,
             attention_mask=attention_mask,
             return_attention_scores=return_attention_scores,
+            use_causal_mask=use_causal_mask,
             attention_bias=attention_bias,
             segment_ids=segment_ids,
         )
@@ -664,17 +680,20 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _dtype_config(self) -> dict[str, Any]:
         """The dtype policy with what `quantize()` has made of the projections."""
-        quantized = [
-            dense
-            for dense in self._flatten_layers(include_self=False)
-            if dense.quantization_mode is not None
+        projections = [
+            layer
+            for layer in self._flatten_layers(include_self=False)
+            if isinstance(layer, keras.layers.EinsumDense)
         ]
-        policy = self.dtype_policy
-        if not quantized or isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        if all(dense.quantization_mode is None for dense in projections):
             return {}
-        policies = keras.dtype_policies.DTypePolicyMap(default_policy=policy)
-        for dense in quantized:
-            policies[dense.path] = dense.dtype_policy
+        policy = self.dtype_policy
+        policies = keras.dtype_policies.DTypePolicyMap(
+            default_policy=getattr(policy, "default_policy", policy)
+        )
+        for dense in projections:
+            # By a pattern: the layer's path may be another one when it is loaded.
+            policies[f".*/{dense.name}"] = dense.dtype_policy
         return {"dtype": keras.dtype_policies.serialize(policies)}
 
 
@@ -708,6 +727,16 @@ def _filled(query: Shape, value: Shape | None, key: Shape | None) -> tuple[Shape
     value = query if value is None else value
     key = value if key is None else key
     return tuple(query), tuple(value), tuple(key)
+
+
+def _from_lists(*arguments: Any) -> list[Any]:
+    """Makes tensors of nested Python lists, and leaves everything else alone."""
+    return [
+        ops.convert_to_tensor(x)
+        if isinstance(x, list) and x and isinstance(x[0], list)
+        else x
+        for x in arguments
+    ]
 
 
 def _copy_of(initializer):

@@ -35,7 +35,9 @@ def normalize_heads(
     x = at_least_float32(x)
     if kind == "l2":
         squares = ops.sum(ops.square(x), axis=-1, keepdims=True)
-        return ops.cast(x * ops.rsqrt(ops.maximum(squares, epsilon**2)), dtype)
+        # The square of a tiny epsilon would be 0 in float32.
+        smallest = max(epsilon**2, 1e-36)
+        return ops.cast(x * ops.rsqrt(ops.maximum(squares, smallest)), dtype)
     if kind == "layer":
         x = x - ops.mean(x, axis=-1, keepdims=True)
     squares = ops.mean(ops.square(x), axis=-1, keepdims=True)

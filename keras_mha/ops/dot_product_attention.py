@@ -7,7 +7,7 @@ from keras import ops
 from keras.random import SeedGenerator
 
 from keras_mha import _checks, masks
-from keras_mha._keras import Tensor, dtype_name, is_float, is_symbolic
+from keras_mha._keras import Tensor, as_tensor, dtype_name, is_float, is_symbolic
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.ops import planner
 
@@ -45,13 +45,15 @@ def dot_product_attention(
         mask: Who may attend to whom: a `keras_mha.masks.Mask`, or booleans (`True` =
             may attend) of shape `(T, S)`, `(B, T, S)` or `(B, N, T, S)`.
         bias: Floating-point numbers that broadcast to `(B, N, T, S)` as in NumPy and
-            are added to the scaled scores. Minus infinity masks.
+            are added to the scaled scores. Minus infinity masks, as does all below
+            -1e30.
         scale: Factor of the dot products. Defaults to `1 / sqrt(H)`.
         logit_soft_cap: Keeps the scores within plus and minus this number.
         sink: A logit that joins every softmax without a key or a value, so that the
             weights of a row may sum to less than 1: a number for all heads (0 gives
             softmax1) or a tensor of shape `(N,)`.
-        dropout: Share of the attention weights to drop, from 0 to 1.
+        dropout: Share of the attention weights to drop, from 0 to 1. There is no
+            `training` here: what is asked for is dropped.
         seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
             the same weights in every call.
         return_scores: Whether to return the attention weights too.
@@ -115,6 +117,13 @@ class DotProductAttention(keras.Operation):
     def compute_output_spec(self, query, key, value, mask=None, bias=None, sink=None):
         options = dict(self.options)
         implementation = options.pop("implementation")
+        if options["dropout"]:
+            raise ValueError(
+                "`dropout` must be 0 in a Functional model, which would neither keep "
+                "the seed's state nor turn dropout off at inference: use "
+                "keras_mha.MultiHeadAttention. "
+                f"Received: dropout={options['dropout']}"
+            )
         call = _checked_call(
             query, key, value, mask=mask, bias=bias, sink=sink, **options
         )
@@ -195,14 +204,18 @@ def _checked_call(
 
 
 def _as_float_tensor(name: str, x: Any) -> Tensor:
-    if not is_symbolic(x):
-        x = ops.convert_to_tensor(x)
-    if not is_float(x):
+    tensor = x if is_symbolic(x) else as_tensor(x)
+    if tensor is None:
+        raise TypeError(
+            f"`{name}` must be a tensor of floating-point numbers. "
+            f"Received: {name}={x!r} (of type {type(x).__name__})"
+        )
+    if not is_float(tensor):
         raise TypeError(
             f"`{name}` must hold floating-point numbers. "
-            f"Received: {name} of dtype {dtype_name(x)}"
+            f"Received: {name} of dtype {dtype_name(tensor)}"
         )
-    return x
+    return tensor
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

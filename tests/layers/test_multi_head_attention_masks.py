@@ -130,6 +130,24 @@ def test_a_float_mask_counts_as_booleans_and_warns(layer):
     np.testing.assert_array_equal(scores, expected)
 
 
+def test_nested_lists_are_masks_too(layer):
+    mask = RNG.random((B, T, S)) < 0.7
+    ids = (RNG.integers(0, 2, (B, T)), RNG.integers(0, 2, (B, S)))
+    np.testing.assert_array_equal(
+        scores_of(layer, attention_mask=mask.tolist(), value_mask=VALUE_MASK.tolist()),
+        scores_of(layer, attention_mask=mask, value_mask=VALUE_MASK),
+    )
+    np.testing.assert_array_equal(
+        scores_of(layer, segment_ids=tuple(map(to_tensor, ids))),
+        scores_of(layer, segment_ids=ids),
+    )
+    own = ids[0].tolist()
+    np.testing.assert_array_equal(
+        scores_of(layer, QUERY, QUERY, segment_ids=own),
+        scores_of(layer, QUERY, QUERY, segment_ids=ids[0]),
+    )
+
+
 def test_the_window_and_the_causal_mask_meet():
     layer = keras_mha.MultiHeadAttention(num_heads=1, key_dim=4, sliding_window=2)
     seen = scores_of(layer, QUERY, QUERY, use_causal_mask=True)[0, 0] > 0

@@ -283,6 +283,30 @@ def test_lora_trains_its_own_weights_and_is_saved(tmp_path):
     np.testing.assert_allclose(outputs(revived), outputs(model), atol=1e-5)
 
 
+def sequential(layer):
+    return keras.Sequential([keras.Input((5, 16)), layer])
+
+
+def nested(layer):
+    return keras.Sequential([keras.Input((5, 16)), keras.Sequential([layer])])
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("make_model", [sequential, nested])
+@pytest.mark.parametrize("dtype", ["float32", "map"])
+def test_int8_is_saved_wherever_the_layer_stands_and_again(make_model, dtype, tmp_path):
+    if dtype == "map":
+        dtype = keras.dtype_policies.DTypePolicyMap(default_policy="float32")
+        dtype["sequential/attention/query"] = keras.DTypePolicy("mixed_bfloat16")
+    model = make_model(OURS(num_heads=4, key_dim=8, name="attention", dtype=dtype))
+    model.quantize("int8")
+    expected = to_numpy(model(to_tensor(X)))
+    for _ in range(2):
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(to_numpy(model(to_tensor(X))), expected, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
 def test_int8_stays_near_and_is_saved(tmp_path):
     model = model_with(OURS, num_key_value_heads=2)

@@ -71,6 +71,62 @@ def test_one_key_gets_all_the_attention_and_no_warning():
     np.testing.assert_array_equal(scores, np.ones_like(scores))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_need_not_be_positive(scale, implementation):
+    arrays = heads()
+    found = attend(
+        *arrays, scale=scale, mask=masks.Causal(), implementation=implementation
+    )
+    mask = np.tril(np.ones((3, 4), "bool"))
+    expected, _ = oracle.dot_product_attention(*arrays, scale=scale, mask=mask)
+    assert_close(found, expected, "float32")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("lowest", "masks_the_row"),
+    [(-np.inf, True), (np.finfo("float32").min, True), (-1e9, False)],
+)
+def test_a_row_of_very_low_bias_is_masked_or_not_everywhere_alike(
+    lowest, masks_the_row, implementation
+):
+    bias = np.zeros((3, 4))
+    bias[1] = lowest
+    found = attend(*heads(), bias=to_tensor(bias), implementation=implementation)
+    assert np.isfinite(found).all()
+    assert (found[:, 1] == 0).all() == masks_the_row
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_float32_bias_beyond_float16_stays_finite(implementation):
+    bias = np.zeros((3, 4))
+    bias[1, :2] = bias[2] = -1e9
+    tensors = [to_tensor(x, "float16") for x in heads()]
+    found = to_numpy(
+        keras_mha.dot_product_attention(
+            *tensors, bias=to_tensor(bias), implementation=implementation
+        )
+    )
+    assert np.isfinite(found).all()
+    assert (found != 0).all()
+
+
+def test_large_segment_ids_are_told_apart():
+    if BACKEND == "jax":
+        pytest.skip("JAX has int64 only when told so")
+    ids = to_tensor(np.array([[0, 2**32, 0]]), "int64")
+    query = to_tensor(draw(1, 3, 1, 2))
+    _, scores = keras_mha.dot_product_attention(
+        query, query, query, mask=masks.Segments(ids), return_scores=True
+    )
+    scores = to_numpy(scores)
+    np.testing.assert_array_equal(scores[0, 0] > 0, np.array(SAME_SEGMENT, "bool"))
+
+
+SAME_SEGMENT = [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only when told so")
 def test_float64_keeps_its_precision():
     arrays = heads()

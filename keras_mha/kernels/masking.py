@@ -1,0 +1,39 @@
+"""Who may attend to whom in a call: its mask and its bias together."""
+
+from keras import ops
+
+from keras_mha import _checks
+from keras_mha._keras import Tensor, dtype_name
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.masks import Mask, Tile, whole_tile
+
+# A bias of this or less masks, as minus infinity does: what is left of such a score in
+# float32 is the bias alone. Far below any score, and finite, so that inf - inf is never
+# computed.
+LOWEST = -1e30
+
+
+def allowed_pairs(call: AttentionCall) -> Tensor | None:
+    """Returns booleans that broadcast to `(B, N, T, S)`, or `None` for everybody."""
+    allowed = None
+    if call.mask is not None:
+        rows, columns = ops.shape(call.query)[1], ops.shape(call.key)[1]
+        tile = whole_tile(rows, columns)
+        allowed = mask_block(call.mask, tile, call.scores_shape)
+    if call.bias is not None:
+        allowed_by_bias = call.bias > LOWEST
+        if allowed is None:
+            return allowed_by_bias
+        allowed = ops.logical_and(allowed, allowed_by_bias)
+    return allowed
+
+
+def mask_block(mask: Mask, tile: Tile, shape: tuple) -> Tensor:
+    """Returns the mask's booleans for a tile, and raises if a user's mask errs."""
+    block = mask.block(tile)
+    if not _checks.broadcasts_to(tuple(block.shape), shape):
+        raise ValueError(
+            f"{type(mask).__name__} must give booleans that broadcast to {shape} "
+            f"(batch, heads, rows, columns). Received: shape {tuple(block.shape)}"
+        )
+    return block if dtype_name(block) == "bool" else ops.cast(block, "bool")
