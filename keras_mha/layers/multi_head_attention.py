@@ -558,9 +558,13 @@ class MultiHeadAttention(keras.layers.Layer):
         _checks.boolean("use_causal_mask", use_causal_mask)
         shapes = {"query": query.shape, "value": value.shape, "key": key.shape}
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        input_checks.check_ranks(self._axes.rank, shapes)
-        input_checks.check_input_shapes(self._axes, *shapes.values())
-        input_checks.check_feature_widths(self._widths, shapes)
+        axes = self._axes_of(query)
+        if self.built:
+            input_checks.check_ranks(axes.rank, shapes)
+            input_checks.check_feature_widths(self._widths, shapes)
+        else:  # a symbolic call may come before there are weights
+            input_checks.check_build_shapes(*shapes.values())
+        input_checks.check_input_shapes(axes, *shapes.values())
         for name, mask, owner in (
             ("query_mask", query_mask, "query"),
             ("value_mask", value_mask, "value"),
@@ -568,11 +572,11 @@ class MultiHeadAttention(keras.layers.Layer):
         ):
             if mask is not None:
                 input_checks.check_positions_mask(name, mask, owner, shapes[owner])
-        scores_shape = self._axes.scores_shape(
+        scores_shape = axes.scores_shape(
             shapes["query"], shapes["value"], self._num_heads
         )
         if attention_mask is not None:
-            input_checks.check_attention_mask(attention_mask, self._axes, scores_shape)
+            input_checks.check_attention_mask(attention_mask, axes, scores_shape)
         if attention_bias is not None:
             input_checks.check_attention_bias(attention_bias, scores_shape)
         if segment_ids is not None:
@@ -637,14 +641,20 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
-            dtype=self.output_dense.compute_dtype,
+            dtype=(self.output_dense if self.built else self).compute_dtype,
         )
         if query_mask is not None:
             set_keras_mask(output, query_mask)
         if not return_attention_scores:
             return output
-        scores = self._axes.scores_shape(query.shape, value.shape, self._num_heads)
+        axes = self._axes_of(query)
+        scores = axes.scores_shape(query.shape, value.shape, self._num_heads)
         return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+
+    def _axes_of(self, query: Tensor) -> AttentionAxes:
+        if self.built:
+            return self._axes
+        return AttentionAxes(len(query.shape), self._attention_axes)
 
     # ------------------------------------------------------------------ config
 

@@ -54,6 +54,17 @@ def test_compute_output_shape_knows_the_shape_before_the_layer_is_built():
     assert not layer.built
 
 
+def test_compute_output_spec_needs_no_weights_either():
+    layer = keras_mha.MultiHeadAttention(num_heads=3, key_dim=4, output_shape=9)
+    inputs = keras.KerasTensor((None, 5, 16)), keras.KerasTensor((None, 7, 12))
+    output, scores = layer.compute_output_spec(*inputs, return_attention_scores=True)
+    assert output.shape == (None, 5, 9)
+    assert scores.shape == (None, 3, 5, 7)
+    assert not layer.built
+    with pytest.raises(ValueError, match="same number of axes"):
+        layer.compute_output_spec(inputs[0], keras.KerasTensor((None, 7, 3, 12)))
+
+
 def test_one_model_takes_batches_and_lengths_of_any_size():
     inputs = keras.Input((None, 12))
     layer = keras_mha.MultiHeadAttention(
