@@ -33,9 +33,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     dtype = call.query.dtype
     logits = _logits(call)
     weights = _masked_softmax(logits, allowed_pairs(call), call.sink)
-    dropped = weights
-    if call.dropout > 0:
-        dropped = keras.random.dropout(weights, call.dropout, seed=call.seed)
+    dropped = _dropout(weights, call)
     output = ops.cast(_weighted_values(dropped, call.value), dtype)
     return output, ops.cast(weights, dtype) if call.return_scores else None
 
@@ -65,6 +63,14 @@ def _masked_softmax(
         axis = (3,) if logits.shape[-1] == 1 else -1
         weights = ops.softmax(logits, axis=axis)
     return weights if allowed is None else ops.where(allowed, weights, 0.0)
+
+
+def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
+    if call.dropout == 1:  # not every version of Keras takes it
+        return weights * 0.0
+    if call.dropout > 0:
+        return keras.random.dropout(weights, call.dropout, seed=call.seed)
+    return weights
 
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
