@@ -23,6 +23,10 @@ BACKEND = keras.backend.backend()
 # archive; elsewhere that class can be loaded and cannot train.
 OPTIMIZER = {"AdamW": keras.optimizers.AdamW}
 
+# As Keras chooses today; its older versions compile under torch too, which they and a
+# newer torch do not survive.
+JIT_COMPILE = BACKEND == "jax"
+
 
 def make_model() -> keras.Model:
     """Two blocks that together use what the layer has; nothing random at training."""
@@ -51,6 +55,7 @@ def make_model() -> keras.Model:
     model.compile(
         optimizer=keras.optimizers.AdamW(0.01, weight_decay=0.01),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=JIT_COMPILE,
     )
     return model
 
@@ -89,6 +94,7 @@ def write(folder: Path) -> None:
 def read(folder: Path) -> None:
     for archive in sorted(folder.glob("*.keras")):
         model = keras.saving.load_model(archive, custom_objects=OPTIMIZER)
+        model.jit_compile = JIT_COMPILE
         record(model, folder / f"{archive.stem}-by-{BACKEND}.npz")
 
 
