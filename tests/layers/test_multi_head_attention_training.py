@@ -95,10 +95,10 @@ def test_regularizers_give_the_losses_of_keras_layer():
     for layer_class in (OURS, KERAS):
         layer = layer_with(layer_class, **REGULARIZED)
         layer(to_tensor(X), to_tensor(Y))
-        if layer.query_dense.activity_regularizer is None:
-            pytest.skip("this version of Keras does not pass activity_regularizer on")
         losses.append(sorted(float(to_numpy(loss)) for loss in layer.losses))
-    assert len(losses[0]) == len(losses[1]) == 12
+    assert len(losses[0]) == 12
+    if len(losses[1]) == 8:
+        pytest.skip("this version of Keras leaves the activity_regularizer out")
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
