@@ -207,6 +207,13 @@ def test_an_explicit_query_mask_goes_on_to_the_output_too():
     np.testing.assert_allclose(to_numpy(mean)[0], expected, atol=1e-6)
 
 
+def test_an_explicit_query_mask_goes_on_outside_a_model_too(layer):
+    states = layer(to_tensor(QUERY), to_tensor(VALUE), query_mask=QUERY_MASK)
+    pooled = keras.layers.GlobalAveragePooling1D()(states)
+    expected = to_numpy(states)[0, :3].mean(axis=0)
+    np.testing.assert_allclose(to_numpy(pooled)[0], expected, atol=1e-6)
+
+
 def test_the_callers_own_tensors_keep_their_mask(layer):
     x = masked(QUERY, QUERY_MASK)
     first = to_numpy(layer(x, x))

@@ -74,11 +74,12 @@ def test_one_key_gets_all_the_attention_and_no_warning():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_a_scale_need_not_be_positive(scale, implementation):
-    arrays = heads()
+    # Alike in heads and widths: only these does torch give to its fastest kernel.
+    arrays = heads(S=3, K=4, V=3)
     found = attend(
         *arrays, scale=scale, mask=masks.Causal(), implementation=implementation
     )
-    mask = np.tril(np.ones((3, 4), "bool"))
+    mask = np.tril(np.ones((3, 3), "bool"))
     expected, _ = oracle.dot_product_attention(*arrays, scale=scale, mask=mask)
     assert_close(found, expected, "float32")
 
