@@ -18,6 +18,9 @@ except ModuleNotFoundError as error:
 # its own, which only these two reach.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
+# What Keras's own random functions make of a seed: an int, a generator or None.
+from keras.src.random.seed_generator import draw_seed
+
 Tensor: TypeAlias = Any
 """A tensor of the current backend, a NumPy array or a `keras.KerasTensor`."""
 
@@ -68,6 +71,7 @@ __all__ = [
     "Tensor",
     "as_tensor",
     "at_least_float32",
+    "draw_seed",
     "dtype_name",
     "get_keras_mask",
     "is_float",

@@ -43,6 +43,7 @@ class Tile(NamedTuple):
         column: First key position. An int, or a scalar tensor inside a loop.
         columns: Number of key positions.
         whole: Whether the tile is the whole matrix, so that nothing need be cut.
+        batch: The one row of the batch that the tile is for, or `None` for all.
     """
 
     row: Any
@@ -50,6 +51,7 @@ class Tile(NamedTuple):
     column: Any
     columns: Any
     whole: bool = False
+    batch: Any = None
 
     @property
     def is_static(self) -> bool:
@@ -67,6 +69,10 @@ class Tile(NamedTuple):
         return ops.reshape(
             ops.arange(self.columns, dtype="int32") + self.column, (1, -1)
         )
+
+    def cut_batch(self, x: Tensor, axis: int = 0) -> Tensor:
+        """Cuts the tile's row of the batch out of `x`; an axis of length 1 stays."""
+        return x if self.batch is None else _cut(x, axis, self.batch, 1)
 
     def cut_rows(self, x: Tensor, axis: int) -> Tensor:
         """Cuts the tile's rows out of `x`; an axis of length 1 stays, to broadcast."""
@@ -192,8 +198,8 @@ class Causal(Mask):
     def __post_init__(self):
         _check_int_or_vector(self, "offset")
 
-    def allowed(self, rows, columns):
-        return columns <= rows + _per_batch_row(self.offset)
+    def block(self, tile):
+        return tile.column_indices <= tile.row_indices + _spread(self.offset, tile)
 
     def status(self, tile):
         if not (tile.is_static and isinstance(self.offset, int)):
@@ -256,8 +262,8 @@ class Prefix(Mask):
     def __post_init__(self):
         _check_int_or_vector(self, "n", minimum=0)
 
-    def allowed(self, rows, columns):
-        return columns < _per_batch_row(self.n)
+    def block(self, tile):
+        return tile.column_indices < _spread(self.n, tile)
 
     def status(self, tile):
         if not (tile.is_static and isinstance(self.n, int)):
@@ -285,8 +291,8 @@ class Padding(Mask):
         _hold_tensor(self, "valid", rank=2)
 
     def block(self, tile):
-        valid = ops.cast(self.valid, "bool")
-        return tile.cut_columns(valid, 1)[:, None, None, :]
+        valid = tile.cut_columns(tile.cut_batch(self.valid), 1)
+        return ops.cast(valid, "bool")[:, None, None, :]
 
     def check(self, scores_shape):
         batch, _, _, columns = scores_shape
@@ -319,8 +325,8 @@ class Segments(Mask):
                 )
 
     def block(self, tile):
-        rows = tile.cut_rows(self.query_ids, 1)
-        columns = tile.cut_columns(self.key_ids, 1)
+        rows = tile.cut_rows(tile.cut_batch(self.query_ids), 1)
+        columns = tile.cut_columns(tile.cut_batch(self.key_ids), 1)
         return ops.equal(rows[:, None, :, None], columns[:, None, None, :])
 
     def check(self, scores_shape):
@@ -361,12 +367,13 @@ class Dense(Mask):
             )
 
     def block(self, tile):
-        values = ops.cast(self.values, "bool")
+        values = self.values
         if len(values.shape) == 2:
             values = values[None, None]
         elif len(values.shape) == 3:
             values = values[:, None]
-        return tile.cut_columns(tile.cut_rows(values, 2), 3)
+        values = tile.cut_columns(tile.cut_rows(tile.cut_batch(values), 2), 3)
+        return ops.cast(values, "bool")
 
     def check(self, scores_shape):
         check_dense_shape("mask", tuple(self.values.shape), scores_shape)
@@ -450,6 +457,75 @@ def check_dense_shape(name: str, shape: Shape, scores_shape: Shape) -> None:
         )
 
 
+def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
+    """Takes a mask apart into what can be compared and hashed, and its tensors.
+
+    Returns:
+        What `join_tensors` makes the mask of again, given the tensors or others.
+        Masks that differ in nothing but their tensors have equal ones. A mask that is
+        no dataclass is kept whole and is equal to itself only.
+    """
+    tensors: list[Tensor] = []
+
+    def split(value):
+        if isinstance(value, Mask) and dataclasses.is_dataclass(value):
+            names = [field.name for field in dataclasses.fields(value)]
+            return _Fields(
+                type(value), tuple((name, split(getattr(value, name))) for name in names)
+            )
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            tensors.append(value)
+            return _Fields(None, ())
+        return _Whole(value)
+
+    return split(mask), tuple(tensors)
+
+
+def join_tensors(parts: Any, tensors: tuple[Tensor, ...]) -> Mask | None:
+    """The way back from `split_tensors`."""
+    rest = iter(tensors)
+
+    def join(part):
+        if isinstance(part, _Whole):
+            return part.value
+        if part.kind is None:
+            return next(rest)
+        mask = object.__new__(part.kind)
+        for name, field in part.fields:
+            object.__setattr__(mask, name, join(field))
+        return mask
+
+    return join(parts)
+
+
+class _Fields(NamedTuple):
+    """A mask's type and fields; no type stands for a tensor."""
+
+    kind: type | None
+    fields: tuple
+
+
+class _Whole:
+    """A value that is compared by itself if it can be hashed, else by identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        try:
+            self._hash, self._key = hash((type(value), value)), (type(value), value)
+        except TypeError:
+            self._hash, self._key = id(value), None
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Whole):
+            return NotImplemented
+        if self._key is None or other._key is None:
+            return self.value is other.value
+        return self._key == other._key
+
+
 def intersect(*masks: Mask | None) -> Mask | None:
     """Returns the mask that allows what all given masks allow; `None` allows all."""
     given = [mask for mask in masks if mask is not None]
@@ -512,8 +588,8 @@ def _check_vector(mask: Mask, name: str, scores_shape: Shape) -> None:
         _check_shape(mask, name, value, scores_shape[:1])
 
 
-def _per_batch_row(value: int | Tensor) -> int | Tensor:
+def _spread(value: int | Tensor, tile: Tile) -> int | Tensor:
     """Shapes one number per row of the batch so that it broadcasts to the scores."""
     if isinstance(value, int):
         return value
-    return ops.reshape(ops.cast(value, "int32"), (-1, 1, 1, 1))
+    return ops.reshape(ops.cast(tile.cut_batch(value), "int32"), (-1, 1, 1, 1))

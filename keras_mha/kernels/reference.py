@@ -15,12 +15,13 @@ References:
     Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
 """
 
-import keras
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
+from keras_mha.kernels import dropout
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, allowed_pairs
+from keras_mha.masks import whole_tile
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -66,11 +67,15 @@ def _masked_softmax(
 
 
 def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
-    if call.dropout == 1:  # not every version of Keras takes it
+    if call.dropout == 0:
+        return weights
+    if call.dropout == 1:
         return weights * 0.0
-    if call.dropout > 0:
-        return keras.random.dropout(weights, call.dropout, seed=call.seed)
-    return weights
+    batch, heads, rows, columns = ops.shape(weights)
+    head_index = ops.reshape(ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1))
+    tile = whole_tile(rows, columns)
+    kept = dropout.kept(dropout.seed_pair(call.seed), call.dropout, head_index, tile)
+    return ops.where(kept, weights / (1.0 - call.dropout), 0.0)
 
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from keras_mha import _checks
 from keras_mha._keras import Tensor
-from keras_mha.kernels import fused, reference
+from keras_mha.kernels import blockwise, fused, reference
 from keras_mha.kernels.call import AttentionCall
 
 Implementation = Literal["auto", "fused", "blockwise", "reference"]
@@ -27,9 +27,8 @@ class Plan(NamedTuple):
     @property
     def kernel(self) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
         """The function that runs the call."""
-        return {"fused": fused.attend, "reference": reference.attend}[
-            self.implementation
-        ]
+        kernels = {"fused": fused, "blockwise": blockwise, "reference": reference}
+        return kernels[self.implementation].attend
 
 
 def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
@@ -50,10 +49,7 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
     if implementation == "reference":
         return Plan("reference", "asked for")
     if implementation == "blockwise":
-        raise ValueError(
-            "implementation='blockwise' is not part of this version; "
-            "use 'auto', 'fused' or 'reference'."
-        )
+        return Plan("blockwise", "asked for")
     refusal = fused.refusal(call)
     if implementation == "fused":
         if refusal is not None:

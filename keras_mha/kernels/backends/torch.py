@@ -1,0 +1,103 @@
+"""Loops, tiles and gradients on PyTorch: loops are Python's, tiles are lists."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def loop(count: int, body: Callable, carry: tuple) -> tuple:
+    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
+    for index in range(count):
+        carry = body(index, carry)
+    return carry
+
+
+def either(condition: Any, yes: Callable, no: Callable) -> Any:
+    """Runs one of two functions without arguments, by a boolean worked out now."""
+    return yes() if condition else no()
+
+
+def table(numbers: Any) -> Any:
+    """Returns an array of integers that a loop's index may index."""
+    return numbers.tolist()
+
+
+class _Tiles(list):
+    """Tiles that are zero, and not stored, until they are written."""
+
+    def __init__(self, count, shape, dtype, device):
+        super().__init__([None] * count)
+        self.zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def new_tiles(count: int, shape: tuple, dtype: str, like: Any) -> _Tiles:
+    """Returns `count` tiles of zeros."""
+    return _Tiles(count, shape, getattr(torch, dtype), like.device)
+
+
+def put_tile(tiles: _Tiles, index: int, tile: Any) -> _Tiles:
+    """Returns the tiles with one of them written."""
+    tiles[index] = tile
+    return tiles
+
+
+def add_tile(tiles: _Tiles, index: int, tile: Any) -> _Tiles:
+    """Returns the tiles with something added to one of them."""
+    tiles[index] = tile if tiles[index] is None else tiles[index].add_(tile)
+    return tiles
+
+
+def stacked(tiles: _Tiles) -> Any:
+    """Returns all tiles as one tensor, `(count, *shape)`."""
+    return torch.stack([tiles.zeros if tile is None else tile for tile in tiles])
+
+
+def matmul(x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
+    """Multiplies matrices, the last two axes."""
+    return torch.matmul(x.mT if transpose_x else x, y.mT if transpose_y else y)
+
+
+def row_max(x: Any) -> Any:
+    """Returns the largest number along the last axis."""
+    return x.amax(-1)
+
+
+def xor_shifted(x: Any, bits: int) -> Any:
+    """Returns `x ^ (x >> bits)` of int32, with the sign shifted in."""
+    return x ^ (x >> bits)
+
+
+def on_cpu(x: Any) -> bool:
+    """Whether computations with `x` run on a CPU."""
+    return x.device.type == "cpu"
+
+
+# The compiler would unroll the loops over tiles: it runs them as they are.
+@torch.compiler.disable
+def with_gradient(
+    forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
+) -> Any:
+    """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
+    names = [name for name in problem.differentiable if name in tensors]
+    inputs = [tensors[name] for name in names]
+    return _Attention.apply(forward, backward, problem, tensors, names, *inputs)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, problem, tensors, names, *inputs):
+        tensors = {n: x for n, x in tensors.items() if n not in names}
+        output, lse = forward(problem, tensors | dict(zip(names, inputs, strict=True)))
+        ctx.save_for_backward(*inputs, output, lse)
+        ctx.rest = backward, problem, tensors, names
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_gradient):
+        backward, problem, tensors, names = ctx.rest
+        *inputs, output, lse = ctx.saved_tensors
+        tensors = tensors | dict(zip(names, inputs, strict=True))
+        found = backward(problem, tensors, output, lse, output_gradient)
+        return (None,) * 5 + tuple(found[name] for name in names)

@@ -1,0 +1,343 @@
+"""Attention in tiles with a running softmax: memory linear in the sequence length.
+
+The scores are worked out tile by tile and never kept. Going through the tiles of a row,
+
+    top'   = max(top, max(logits))                      the largest logit so far
+    total' = total * exp(top - top') + sum(exp(logits - top'))
+    sums'  = sums * exp(top - top') + dropout(exp(logits - top')) . value
+
+and at its end `output = sums / total`. What is kept for the gradient is the output and
+one number a row, `lse = top + log(total)`, which brings the weights of any tile back:
+
+    weights  = exp(logits - lse)
+    d_value  = dropout(weights) . d_output
+    d_logits = weights * (dropout(d_output . value) - d_output . output)
+
+Tiles that the mask empties are not computed: those of which it says so beforehand
+(`Mask.status`), and those of which its booleans turn out to be all `False`. Half types
+are cast tile by tile; everything is computed in float32 (or float64).
+
+References:
+    Rabe and Staats, 2021, Self-attention does not need O(n^2) memory:
+        https://arxiv.org/abs/2112.05682
+    Dao et al., 2022, FlashAttention: https://arxiv.org/abs/2205.14135
+    Milakov and Gimelshein, 2018, Online normalizer calculation for softmax:
+        https://arxiv.org/abs/1805.02867
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha.kernels import backends, dropout
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.masking import LOWEST
+from keras_mha.kernels.walk import Place, Walk
+from keras_mha.masks import join_tensors, split_tensors
+
+# The largest logit of a row that has none yet: a little above what masks, so that the
+# exponential of what is masked is 0 against it.
+_NO_LOGIT = 0.999 * LOWEST
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What of a call is no tensor. Equal problems can share a compiled program.
+
+    Args:
+        scale: Factor of the dot products.
+        logit_soft_cap: As in `AttentionCall`.
+        dropout: Share of the attention weights to drop, less than 1.
+        mask: The mask without its tensors.
+        differentiable: Names of the tensors that have gradients.
+        groups_at_once: As in `Walk`.
+    """
+
+    scale: float
+    logit_soft_cap: float | None
+    dropout: float
+    mask: Any
+    differentiable: tuple[str, ...]
+    groups_at_once: int | None
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, None]:
+    """Runs one call of attention.
+
+    Returns:
+        The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
+    """
+    batch, rows, heads, _ = ops.shape(call.query)
+    shape = (batch, rows, heads, call.value.shape[3])
+    if call.dropout == 1:
+        return ops.zeros(shape, dtype_name(call.query)), None
+    problem, tensors = _prepared(call)
+    output = backends.current().with_gradient(forward, backward, problem, tensors)
+    output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
+    return ops.reshape(output, shape), None
+
+
+def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
+    batch, rows, heads, width = ops.shape(call.query)
+    groups = call.key.shape[2]
+    shared = heads // groups
+    query = ops.reshape(call.query, (batch, rows, groups, shared, width))
+    tensors = {
+        "query": ops.transpose(query, (0, 2, 4, 3, 1)),
+        "key": ops.transpose(call.key, (0, 2, 3, 1)),
+        "value": ops.transpose(call.value, (0, 2, 3, 1)),
+    }
+    if call.bias is not None:
+        shape = ops.shape(call.bias)
+        by_head = (1, 1) if call.bias.shape[1] == 1 else (groups, shared)
+        tensors["bias"] = ops.reshape(call.bias, (shape[0], *by_head, *shape[2:]))
+    if call.sink is not None:
+        sink = ops.broadcast_to(call.sink, (heads,))
+        tensors["sink"] = ops.reshape(sink, (groups, shared))
+    differentiable = tuple(tensors)
+    if call.dropout:
+        tensors["seed"] = dropout.seed_pair(call.seed)
+    mask, tensors["mask"] = split_tensors(call.mask)
+    problem = Problem(
+        scale=call.scale,
+        logit_soft_cap=call.logit_soft_cap,
+        dropout=call.dropout,
+        mask=mask,
+        differentiable=differentiable,
+        groups_at_once=_groups_at_once(call),
+    )
+    return problem, tensors
+
+
+def _groups_at_once(call: AttentionCall) -> int | None:
+    """A CPU wants a tile that fits its cache, others as much work as they can get."""
+    if not backends.current().on_cpu(call.query):
+        return None
+    heads, groups = call.query.shape[2], call.key.shape[2]
+    return 2 if heads == groups and groups % 2 == 0 else 1
+
+
+def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Attends.
+
+    Args:
+        problem: What is to be computed.
+        tensors: `"query"` of shape `(B, K, H, G, T)`, `"key"` `(B, K, H, S)`, `"value"`
+            `(B, K, V, S)`, `"mask"` (a tuple), and where there are such `"bias"`
+            `(B, K, G, T, S)` with lengths of 1 that broadcast, `"sink"` `(K, G)` and
+            `"seed"` `(2,)`.
+
+    Returns:
+        The output, shape `(B, K, V, G, T)`, and the logarithm of each row's sum of
+        exponentials, shape `(B, K, 1, G, T)`, infinite where a row sees nothing.
+    """
+    scores = _Scores(problem, tensors)
+    walk, width = scores.walk, tensors["value"].shape[2]
+
+    def visit_row(row, results):
+        outputs, norms = results
+        output, lse = _attend_rows(scores, row)
+        output = ops.cast(output, dtype_name(tensors["query"]))
+        return walk.put_rows(outputs, row, output), walk.put_rows(norms, row, lse)
+
+    outputs, norms = walk.for_each_row(
+        visit_row,
+        (
+            walk.row_tiles(width, dtype_name(tensors["query"])),
+            walk.row_tiles(1, walk.dtype),
+        ),
+    )
+    return walk.joined_rows(outputs), walk.joined_rows(norms)
+
+
+def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
+    """Returns the output `(heads, V, G * rows)` and lse `(heads, 1, G * rows)`."""
+    walk, tensors = scores.walk, scores.tensors
+    query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
+
+    def step(place, allowed, state):
+        top, total, sums = state
+        logits, _ = scores.logits(query, place, allowed)
+        new_top = ops.maximum(top, walk.backend.row_max(logits))
+        weights = ops.exp(logits - new_top[..., None])
+        shrink = ops.exp(top - new_top)
+        total = total * shrink + ops.sum(weights, axis=-1)
+        value = walk.cut_columns(tensors["value"], place)
+        new = walk.backend.matmul(
+            value, scores.dropped(weights, place), transpose_y=True
+        )
+        return new_top, total, sums * shrink[:, None] + new
+
+    def visit_tile(place, masked, state):
+        if not masked:
+            return step(place, None, state)
+        allowed = walk.allowed(place)
+        return walk.backend.either(
+            ops.any(allowed), lambda: step(place, allowed, state), lambda: state
+        )
+
+    shape = (walk.folded, walk.all_rows)
+    state = (
+        ops.full(shape, _NO_LOGIT, dtype=walk.dtype),
+        ops.zeros(shape, dtype=walk.dtype),
+        ops.zeros((shape[0], tensors["value"].shape[2], shape[1]), dtype=walk.dtype),
+    )
+    top, total, sums = walk.for_each_tile(row, visit_tile, state)
+    if "sink" in tensors:
+        sink = walk.cut_heads(tensors["sink"], row)
+        new_top = ops.maximum(top, sink)
+        shrink = ops.exp(top - new_top)
+        total = total * shrink + ops.exp(sink - new_top)
+        top, sums = new_top, sums * shrink[:, None]
+    seen = total > 0
+    total = ops.where(seen, total, 1.0)
+    output = sums / (total * (1.0 - scores.problem.dropout))[:, None]
+    return output, ops.where(seen, top + ops.log(total), math.inf)[:, None]
+
+
+def backward(
+    problem: Problem,
+    tensors: dict[str, Any],
+    output: Tensor,
+    lse: Tensor,
+    d_output: Tensor,
+) -> dict[str, Tensor]:
+    """Returns the gradients of the differentiable tensors, by name and of their shapes.
+
+    Args:
+        problem: As of `forward`.
+        tensors: As of `forward`.
+        output: What `forward` returned.
+        lse: What `forward` returned.
+        d_output: The gradient of the output.
+    """
+    scores = _Scores(problem, tensors)
+    walk, dtype = scores.walk, scores.walk.dtype
+    d_output = ops.cast(d_output, dtype)
+    # What the softmax takes from every logit's gradient, one number a row.
+    share = ops.sum(d_output * ops.cast(output, dtype), axis=2, keepdims=True)
+    scores.tensors |= {"lse": lse, "d_output": d_output, "share": share}
+
+    def visit_row(row, results):
+        d_queries, *others = results
+        d_query, *others = _differentiate_rows(scores, row, others)
+        return walk.put_rows(d_queries, row, d_query * problem.scale), *others
+
+    results = (
+        walk.row_tiles(tensors["query"].shape[2], dtype),
+        walk.column_tiles(tensors["key"].shape[2], dtype),
+        walk.column_tiles(tensors["value"].shape[2], dtype),
+    )
+    if "bias" in problem.differentiable:
+        results += (walk.score_tiles(tensors["bias"], dtype),)
+    results = walk.for_each_row(visit_row, results)
+    found = {
+        "query": walk.joined_rows(results[0]),
+        "key": walk.joined_columns(results[1]),
+        "value": walk.joined_columns(results[2]),
+    }
+    if "bias" in problem.differentiable:
+        found["bias"] = walk.joined_scores(results[3], tensors["bias"])
+    if "sink" in problem.differentiable:
+        weights = ops.exp(ops.cast(tensors["sink"], dtype)[:, None, :, None] - lse)
+        found["sink"] = -ops.sum(weights * share, axis=(0, 2, 4))
+    return {
+        name: ops.cast(found[name], dtype_name(tensors[name]))
+        for name in problem.differentiable
+    }
+
+
+def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
+    """Returns the rows' gradient of the scaled query, `(heads, H, G * rows)`, and the
+    results with what these rows add to the gradients of key, value and bias."""
+    walk, tensors, matmul = scores.walk, scores.tensors, scores.walk.backend.matmul
+    query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
+    d_output = walk.cut_rows(tensors["d_output"], row)
+    kept_d_output = d_output / (1.0 - scores.problem.dropout)
+    lse = walk.cut_rows(tensors["lse"], row)[:, 0, :, None]
+    share = walk.cut_rows(tensors["share"], row)[:, 0, :, None]
+
+    def step(place, allowed):
+        key = walk.cut_columns(tensors["key"], place)
+        value = walk.cut_columns(tensors["value"], place)
+        logits, slope = scores.logits(query, place, allowed)
+        weights = ops.exp(logits - lse)
+        d_value = matmul(kept_d_output, scores.dropped(weights, place))
+        d_weights = matmul(kept_d_output, value, transpose_x=True)
+        d_logits = weights * (scores.dropped(d_weights, place) - share)
+        d_bias = ()
+        if "bias" in scores.problem.differentiable:
+            d_bias = (walk.summed_scores(d_logits, tensors["bias"]),)
+        d_scores = d_logits if slope is None else d_logits * slope
+        d_query = matmul(key, d_scores, transpose_y=True)
+        return d_query, matmul(query, d_scores), d_value, *d_bias
+
+    def add(place, sums, parts):
+        d_query, d_key, d_value, *d_bias = parts
+        new = (
+            sums[0] + d_query,
+            walk.add_columns(sums[1], place, d_key),
+            walk.add_columns(sums[2], place, d_value),
+        )
+        if d_bias:
+            new += (walk.add_scores(sums[3], place, *d_bias, tensors["bias"]),)
+        return new
+
+    def visit_tile(place, masked, sums):
+        if not masked:
+            return add(place, sums, step(place, None))
+        allowed = walk.allowed(place)
+        return walk.backend.either(
+            ops.any(allowed),
+            lambda: add(place, sums, step(place, allowed)),
+            lambda: sums,
+        )
+
+    return walk.for_each_tile(row, visit_tile, (ops.zeros_like(query), *results))
+
+
+class _Scores:
+    """The tiles of the score matrix, as forward and backward pass both need them."""
+
+    def __init__(self, problem: Problem, tensors: dict[str, Any]):
+        self.problem, self.tensors = problem, dict(tensors)
+        mask = join_tensors(problem.mask, tensors["mask"])
+        query, key = tensors["query"], tensors["key"]
+        self.walk = Walk(query, key, mask, problem.groups_at_once)
+
+    def logits(
+        self, query: Tensor, place: Place, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns a tile of logits, `(heads, G * rows, columns)`, minus infinity where
+        masked, and the soft cap's derivative (`None` without a cap)."""
+        walk, slope = self.walk, None
+        key = walk.cut_columns(self.tensors["key"], place)
+        logits = walk.backend.matmul(query, key, transpose_x=True)
+        if (cap := self.problem.logit_soft_cap) is not None:
+            capped = ops.tanh(logits / cap)
+            logits, slope = cap * capped, 1.0 - capped * capped
+        if allowed is None and "bias" not in self.tensors:
+            return logits, slope
+        logits = walk.by_head(logits)
+        if "bias" in self.tensors:
+            bias = walk.cut_scores(self.tensors["bias"], place)
+            logits = logits + at_least_float32(bias)
+        if allowed is not None:
+            logits = ops.where(allowed, logits, -math.inf)
+        return walk.folded_scores(logits), slope
+
+    def dropped(self, weights: Tensor, place: Place) -> Tensor:
+        """Returns a tile of weights with zeros where dropout drops, not scaled up."""
+        if not self.problem.dropout:
+            return weights
+        walk = self.walk
+        kept = dropout.kept(
+            self.tensors["seed"],
+            self.problem.dropout,
+            walk.head_index(place),
+            walk.tile(place),
+        )
+        return ops.where(walk.folded_scores(kept), weights, 0.0)

@@ -1,0 +1,59 @@
+"""Which attention weights dropout keeps: a function of the seed and of where they are.
+
+Every weight gets a random number of its own, hashed from the seed and from its batch
+row, head, row and column. Any tile of the weights can therefore be worked out alone and
+again: by every kernel, in tiles of any shape, in the backward pass, on every backend.
+
+Each row of weights is a Weyl sequence with a start and an odd step of its own, hashed
+from seed, head and row; a finalizer then mixes the bits of every number.
+
+References:
+    Salmon et al., 2011, Parallel random numbers: as easy as 1, 2, 3:
+        https://doi.org/10.1145/2063384.2063405
+    Steele et al., 2014, Fast splittable pseudorandom number generators:
+        https://doi.org/10.1145/2660193.2660195
+"""
+
+from typing import Any
+
+from keras import ops
+
+from keras_mha._keras import Tensor, draw_seed
+from keras_mha.kernels import backends
+from keras_mha.masks import Tile
+
+# Odd multipliers as int32; the first two are those of C. Wellons's "lowbias32".
+_MIX = (0x7FEB352D, 0x846CA68B - 2**32)
+_HEAD, _ROW, _STEP = 0x5BD1E995, 0x1B873593, 0x2C1B3C6D
+
+
+def seed_pair(seed: Any) -> Tensor:
+    """Returns two int32 for one call of attention; a generator goes on to its next."""
+    return ops.cast(draw_seed(seed), "int32")
+
+
+def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
+    """Says which weights of a tile to keep.
+
+    Args:
+        seed: Two int32, from `seed_pair`.
+        rate: Share of the weights to drop, less than 1.
+        head_index: int32, shape `(..., 1, 1)`: batch row times heads plus head.
+        tile: The rows and columns.
+
+    Returns:
+        Booleans of shape `(..., rows, columns)`, each `True` with a probability of
+        `1 - rate` to within 2^-32.
+    """
+    row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
+    row = _mixed(row + tile.row_indices * _ROW)
+    step = _mixed(row + _STEP) * 2 + 1
+    numbers = _mixed((tile.column_indices + row) * step)
+    return numbers >= min(round(rate * 2**32) - 2**31, 2**31 - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Spreads every bit of int32 over the higher ones."""
+    xor_shifted = backends.current().xor_shifted
+    x = xor_shifted(x, 16) * _MIX[0]
+    return xor_shifted(x, 15) * _MIX[1]

@@ -1,0 +1,129 @@
+"""How a score matrix is cut into tiles, and which of them a mask leaves alive."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_mha._keras import Tensor
+from keras_mha.masks import Mask, Tile
+
+# Rows and columns of a tile. Measured on CPUs: at 512 x 512 a tile of one or two heads
+# stays in the second-level cache and its matrix products are large enough to be fast.
+TILE = 512
+_MULTIPLE = 16  # of numbers, what vector instructions take at once
+
+
+class Pieces(NamedTuple):
+    """An axis cut into pieces of one size.
+
+    Where the size does not divide the length, the last piece begins earlier and
+    overlaps the one before it: no piece reaches beyond the axis.
+
+    Args:
+        length: Of the axis; an int, or a scalar tensor where it is known later.
+        size: Of a piece.
+        count: Number of pieces.
+    """
+
+    length: Any
+    size: Any
+    count: Any
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the numbers are known now."""
+        return isinstance(self.length, int)
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether the last piece repeats part of the one before it."""
+        return not self.is_static or self.size * self.count != self.length
+
+    def start(self, index: Any) -> Any:
+        """Returns where a piece begins."""
+        if not self.may_overlap:
+            return index * self.size
+        return _min(index * self.size, self.length - self.size)
+
+    def first_new(self, index: Any) -> Any:
+        """Returns the first position that no earlier piece holds."""
+        return index * self.size
+
+    def joined(self, pieces: Tensor) -> Tensor:
+        """Puts the axis together again.
+
+        Args:
+            pieces: Shape `(..., count, size)`.
+
+        Returns:
+            Shape `(..., length)`, without what the last piece repeats.
+        """
+        lead = ops.shape(pieces)[:-2]
+        if not self.may_overlap:
+            return ops.reshape(pieces, (*lead, self.length))
+        early = ops.reshape(pieces[..., :-1, :], (*lead, (self.count - 1) * self.size))
+        rest = self.length - (self.count - 1) * self.size
+        last = pieces[..., -1, :]
+        starts, shape = [0] * len(lead) + [self.size - rest], [*lead, rest]
+        return ops.concatenate([early, ops.slice(last, starts, shape)], axis=-1)
+
+
+def cut_in_pieces(length: Any, size: int) -> Pieces:
+    """Cuts an axis into pieces of at most about `size`, all alike."""
+    count = _ceil_div(length, size)
+    size = _min(length, _ceil_div(_ceil_div(length, count), _MULTIPLE) * _MULTIPLE)
+    return Pieces(length, size, _ceil_div(length, size))
+
+
+class Schedule(NamedTuple):
+    """The tiles to compute in each row of tiles.
+
+    Args:
+        columns: Integers, shape `(row pieces, column pieces)`: in each row first the
+            tiles in which every pair may attend, then those to be masked.
+        full: Integers, shape `(row pieces,)`: how many are of the first kind.
+        live: Integers, shape `(row pieces,)`: how many are of both kinds.
+    """
+
+    columns: np.ndarray
+    full: np.ndarray
+    live: np.ndarray
+
+
+def schedule(mask: Mask | None, rows: Pieces, columns: Pieces) -> Schedule | None:
+    """Asks the mask about every tile; `None` where the lengths are not known yet."""
+    if not (rows.is_static and columns.is_static):
+        return None
+    order = np.zeros((rows.count, columns.count), "int32")
+    full, live = np.zeros((2, rows.count), "int32")
+    for i in range(rows.count):
+        kinds: dict[str, list[int]] = {"full": [], "mixed": [], "empty": []}
+        for j in range(columns.count):
+            kinds[_status(mask, rows, columns, i, j)].append(j)
+        wanted = kinds["full"] + kinds["mixed"]
+        order[i, : len(wanted)] = wanted
+        full[i], live[i] = len(kinds["full"]), len(wanted)
+    return Schedule(order, full, live)
+
+
+def _status(
+    mask: Mask | None, rows: Pieces, columns: Pieces, i: int, j: int
+) -> str:
+    status = "full"
+    if mask is not None:
+        tile = Tile(rows.start(i), rows.size, columns.start(j), columns.size)
+        status = mask.status(tile)
+    repeats = rows.start(i) != rows.first_new(i)
+    repeats |= columns.start(j) != columns.first_new(j)
+    return "mixed" if repeats and status == "full" else status
+
+
+def _ceil_div(x: Any, y: Any) -> Any:
+    return (x + y - 1) // y
+
+
+def _min(x: Any, y: Any) -> Any:
+    if isinstance(x, int) and isinstance(y, int):
+        return min(x, y)
+    return ops.minimum(x, y)

@@ -1,0 +1,327 @@
+"""The way through the tiles of a call: its loops, and what a tile needs of each tensor.
+
+Features come before positions here, and the `G` query heads that share a key head stand
+side by side: queries are `(B, K, width, G, T)`, keys and values `(B, K, width, S)`. A
+tile's matrices then all have their long axis last, the fast order on CPUs.
+
+A tile belongs to some heads (the *chunk*), a piece of the rows and one of the columns.
+In it, batch rows and key heads are folded into one axis and so are `G` and rows:
+queries are `(heads, width, G * rows)` and scores `(heads, G * rows, columns)`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha.kernels import backends
+from keras_mha.kernels.masking import mask_block
+from keras_mha.kernels.tiling import TILE, cut_in_pieces, schedule
+from keras_mha.masks import Mask, Tile
+
+
+class Place(NamedTuple):
+    """Where a tile lies.
+
+    Args:
+        chunk: Number of the chunk of heads.
+        batch: Its first batch row.
+        group: Its first key head.
+        i: Number of the piece of the rows.
+        row: Its first row.
+        j: Number of the piece of the columns.
+        column: Its first column.
+    """
+
+    chunk: Any
+    batch: Any
+    group: Any
+    i: Any
+    row: Any
+    j: Any = None
+    column: Any = None
+
+
+class Walk:
+    """The loops over the tiles of one call.
+
+    Args:
+        query: Shape `(B, K, H, G, T)`.
+        key: Shape `(B, K, H, S)`.
+        mask: Who may attend to whom; `None` for everybody.
+        groups_at_once: Number of key heads, of one batch row, that share a tile;
+            `None` for all key heads of all batch rows.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, mask: Mask | None, groups_at_once: int | None
+    ):
+        self.backend = backends.current()
+        self.like = query
+        self.dtype = dtype_name(at_least_float32(query[:0]))
+        self.mask = mask
+        self.batch, self.groups, _, self.shared, rows = ops.shape(query)
+        self.static_batch = query.shape[0]
+        self.one_batch_row = groups_at_once is not None
+        self.chunk_batch = 1 if self.one_batch_row else self.batch
+        self.chunk_groups = groups_at_once or self.groups
+        self.group_chunks = self.groups // self.chunk_groups
+        self.batch_chunks = self.batch // self.chunk_batch
+        self.chunks = self.batch_chunks * self.group_chunks
+        self.folded = self.chunk_batch * self.chunk_groups
+        self.rows = cut_in_pieces(rows, max(TILE // self.shared, 128))
+        self.columns = cut_in_pieces(ops.shape(key)[3], TILE)
+        self.all_rows = self.shared * self.rows.size
+        self.schedule = schedule(mask, self.rows, self.columns)
+
+    # ------------------------------------------------------------------ loops
+
+    def for_each_row(self, body: Callable, carry: tuple) -> tuple:
+        """Runs `carry = body(place, carry)` for every piece of the rows of every chunk
+        of heads."""
+
+        def visit_chunk(p, carry):
+            batch = (p // self.group_chunks) * self.chunk_batch
+            group = (p % self.group_chunks) * self.chunk_groups
+
+            def visit_row(i, carry):
+                return body(Place(p, batch, group, i, self.rows.start(i)), carry)
+
+            return self.backend.loop(self.rows.count, visit_row, carry)
+
+        return self.backend.loop(self.chunks, visit_chunk, carry)
+
+    def for_each_tile(self, row: Place, body: Callable, carry: tuple) -> tuple:
+        """Runs `carry = body(place, masked, carry)` for the live tiles of these rows,
+        where `masked` says whether some pairs of the tile may not attend."""
+
+        def visit(j, masked, carry):
+            place = row._replace(j=j, column=self.columns.start(j))
+            return body(place, masked, carry)
+
+        plan = self.schedule
+        if plan is None:  # lengths are not known yet: look at every tile
+            return self.backend.loop(
+                self.columns.count, lambda j, carry: visit(j, True, carry), carry
+            )
+        columns, full, live = (self.backend.table(table)[row.i] for table in plan)
+        if plan.full.any():
+            carry = self.backend.loop(
+                full, lambda n, carry: visit(columns[n], False, carry), carry
+            )
+        if (plan.live > plan.full).any():
+            carry = self.backend.loop(
+                live - full,
+                lambda n, carry: visit(columns[full + n], True, carry),
+                carry,
+            )
+        return carry
+
+    # ------------------------------------------------------------------ a tile's parts
+
+    def cut_rows(self, x: Tensor, place: Place) -> Tensor:
+        """`(B, K, width, G, T) -> (heads, width, G * rows)`, in float32 at least."""
+        starts = (place.batch, place.group, 0, 0, place.row)
+        lead = (self.chunk_batch, self.chunk_groups)
+        x = ops.slice(x, starts, (*lead, *x.shape[2:4], self.rows.size))
+        x = ops.reshape(x, (self.folded, x.shape[2], self.all_rows))
+        return at_least_float32(x)
+
+    def cut_columns(self, x: Tensor, place: Place) -> Tensor:
+        """`(B, K, width, S) -> (heads, width, columns)`, in float32 at least."""
+        starts = (place.batch, place.group, 0, place.column)
+        lead = (self.chunk_batch, self.chunk_groups)
+        x = ops.slice(x, starts, (*lead, x.shape[2], self.columns.size))
+        x = ops.reshape(x, (self.folded, x.shape[2], self.columns.size))
+        return at_least_float32(x)
+
+    def cut_heads(self, x: Tensor, place: Place) -> Tensor:
+        """`(K, G)`, a number a head, `-> (heads, G * rows)`."""
+        x = ops.slice(x, (place.group, 0), (self.chunk_groups, self.shared))
+        shape = (self.chunk_batch, self.chunk_groups, self.shared, self.rows.size)
+        x = ops.broadcast_to(at_least_float32(x)[None, :, :, None], shape)
+        return ops.reshape(x, (self.folded, self.all_rows))
+
+    def cut_scores(self, x: Tensor, place: Place) -> Tensor:
+        """`(B, K, G, T, S) -> (batch rows, key heads, G, rows, columns)`; an axis of
+        length 1 stays, to broadcast."""
+        starts = (place.batch, place.group, 0, place.row, place.column)
+        lead = (self.chunk_batch, self.chunk_groups, self.shared)
+        sizes = (*lead, self.rows.size, self.columns.size)
+        kept = [length == 1 for length in x.shape]
+        starts = [0 if one else start for one, start in zip(kept, starts, strict=True)]
+        sizes = [1 if one else size for one, size in zip(kept, sizes, strict=True)]
+        return ops.slice(x, starts, sizes)
+
+    def by_head(self, scores: Tensor) -> Tensor:
+        """`(heads, G * rows, columns) -> (batch rows, key heads, G, rows, columns)`."""
+        lead = (self.chunk_batch, self.chunk_groups, self.shared)
+        return ops.reshape(scores, (*lead, self.rows.size, self.columns.size))
+
+    def folded_scores(self, scores: Tensor) -> Tensor:
+        """The way back from `by_head`."""
+        return ops.reshape(scores, (self.folded, self.all_rows, self.columns.size))
+
+    def tile(self, place: Place) -> Tile:
+        """Returns the tile as masks know it."""
+        batch = place.batch if self.one_batch_row else None
+        sizes = self.rows.size, self.columns.size
+        return Tile(place.row, sizes[0], place.column, sizes[1], batch=batch)
+
+    def allowed(self, place: Place) -> Tensor:
+        """Who of a masked tile may attend and is in no earlier tile; see `by_head`."""
+        tile = self.tile(place)
+        allowed = None
+        if self.mask is not None:
+            known = (x if isinstance(x, int) else None for x in (tile.rows, tile.columns))
+            shape = (self.static_batch, self.groups * self.shared, *known)
+            allowed = self._block_by_head(mask_block(self.mask, tile, shape), place)
+        for pieces, indices, index in (
+            (self.rows, tile.row_indices, place.i),
+            (self.columns, tile.column_indices, place.j),
+        ):
+            if pieces.may_overlap:
+                new = indices >= pieces.first_new(index)
+                allowed = new if allowed is None else ops.logical_and(allowed, new)
+        return allowed
+
+    def _block_by_head(self, block: Tensor, place: Place) -> Tensor:
+        if block.shape[1] == 1:
+            return block[:, None]
+        batch, _, rows, columns = ops.shape(block)
+        block = ops.reshape(block, (batch, self.groups, self.shared, rows, columns))
+        starts = (0, place.group, 0, 0, 0)
+        return ops.slice(
+            block, starts, (batch, self.chunk_groups, self.shared, rows, columns)
+        )
+
+    def head_index(self, place: Place) -> Tensor:
+        """Returns batch row times heads plus head, int32, shaped for `by_head`."""
+        batch, group, shared = (
+            ops.reshape(ops.arange(size, dtype="int32") + start, shape)
+            for size, start, shape in (
+                (self.chunk_batch, place.batch, (-1, 1, 1, 1, 1)),
+                (self.chunk_groups, place.group, (1, -1, 1, 1, 1)),
+                (self.shared, 0, (1, 1, -1, 1, 1)),
+            )
+        )
+        return (batch * self.groups + group) * self.shared + shared
+
+    # ------------------------------------------------------------------ results
+
+    def row_tiles(self, width: int, dtype: str) -> Any:
+        """Returns zeros to put results `(heads, width, G * rows)` into."""
+        shape = (self.folded, width, self.all_rows)
+        return self.backend.new_tiles(
+            self.chunks * self.rows.count, shape, dtype, self.like
+        )
+
+    def column_tiles(self, width: int, dtype: str) -> Any:
+        """Returns zeros to add results `(heads, width, columns)` to."""
+        shape = (self.folded, width, self.columns.size)
+        return self.backend.new_tiles(
+            self.chunks * self.columns.count, shape, dtype, self.like
+        )
+
+    def put_rows(self, tiles: Any, place: Place, x: Tensor) -> Any:
+        """Returns the tiles with the result for these rows put in."""
+        index = place.chunk * self.rows.count + place.i
+        return self.backend.put_tile(tiles, index, x)
+
+    def add_columns(self, tiles: Any, place: Place, x: Tensor) -> Any:
+        """Returns the tiles with something added to these columns."""
+        index = place.chunk * self.columns.count + place.j
+        return self.backend.add_tile(tiles, index, x)
+
+    def joined_rows(self, tiles: Any) -> Tensor:
+        """Returns what was put in as `(B, K, width, G, T)`."""
+        tiles = self.backend.stacked(tiles)
+        width = tiles.shape[2]
+        x = self._chunks_apart(tiles, self.rows.count, width, self.shared)
+        x = ops.transpose(x, (0, 3, 1, 4, 5, 6, 2, 7))
+        return self.rows.joined(self._chunks_together(x))
+
+    def joined_columns(self, tiles: Any) -> Tensor:
+        """Returns the sums as `(B, K, width, S)`."""
+        tiles = self.backend.stacked(tiles)
+        width = tiles.shape[2]
+        x = self._chunks_apart(tiles, self.columns.count, width)
+        x = ops.transpose(x, (0, 3, 1, 4, 5, 2, 6))
+        return self.columns.joined(self._chunks_together(x))
+
+    def _chunks_apart(self, tiles, pieces, width, *shared):
+        """`(chunks * pieces, heads, width, positions)` with the first two axes and the
+        query heads among the positions taken apart."""
+        lead = (self.batch_chunks, self.group_chunks, pieces)
+        heads = (self.chunk_batch, self.chunk_groups)
+        positions = ops.shape(tiles)[3] // (shared[0] if shared else 1)
+        return ops.reshape(tiles, (*lead, *heads, width, *shared, positions))
+
+    def _chunks_together(self, x):
+        return ops.reshape(x, (self.batch, self.groups, *ops.shape(x)[4:]))
+
+    # Gradients of a bias: a tile of its own for every piece along the axes that it has,
+    # one for all along those that it broadcasts.
+
+    def score_tiles(self, bias: Tensor, dtype: str) -> Any:
+        """Returns zeros to add gradients of a bias `(B, K, G, T, S)` to."""
+        count = math.prod(self._score_pieces(bias))
+        return self.backend.new_tiles(count, self._score_sizes(bias), dtype, self.like)
+
+    def _score_pieces(self, bias):
+        pieces = (
+            self.batch_chunks,
+            self.group_chunks,
+            1,
+            self.rows.count,
+            self.columns.count,
+        )
+        return _unless_one(bias, pieces)
+
+    def _score_sizes(self, bias):
+        lead = (self.chunk_batch, self.chunk_groups, self.shared)
+        return _unless_one(bias, (*lead, self.rows.size, self.columns.size))
+
+    def summed_scores(self, scores: Tensor, bias: Tensor) -> Tensor:
+        """Sums a tile `(heads, G * rows, columns)` over the bias's axes of length 1."""
+        axes = tuple(axis for axis in range(5) if bias.shape[axis] == 1)
+        scores = self.by_head(scores)
+        return ops.sum(scores, axis=axes, keepdims=True) if axes else scores
+
+    def add_scores(self, tiles: Any, place: Place, x: Tensor, bias: Tensor) -> Any:
+        """Returns the tiles with what `summed_scores` returned added to one of them."""
+        batch, group = place.chunk // self.group_chunks, place.chunk % self.group_chunks
+        index = 0
+        for axis, (count, number) in enumerate(
+            zip(
+                self._score_pieces(bias), (batch, group, 0, place.i, place.j), strict=True
+            )
+        ):
+            if bias.shape[axis] != 1:
+                index = index * count + number
+        return self.backend.add_tile(tiles, index, x)
+
+    def joined_scores(self, tiles: Any, bias: Tensor) -> Tensor:
+        """Returns the sums in the shape of the bias."""
+        pieces, sizes = self._score_pieces(bias), self._score_sizes(bias)
+        x = ops.reshape(self.backend.stacked(tiles), (*pieces, *sizes))
+        x = ops.transpose(x, (0, 5, 1, 6, 2, 7, 4, 9, 3, 8))  # rows last
+        lead = ops.shape(bias)[:3]
+        x = ops.reshape(x, (*lead, pieces[4], sizes[4], pieces[3], sizes[3]))
+        if bias.shape[3] != 1:
+            x = self.rows.joined(x)
+        else:
+            x = ops.reshape(x, (*lead, pieces[4], sizes[4], 1))
+        x = ops.transpose(x, (0, 1, 2, 5, 3, 4))
+        if bias.shape[4] != 1:
+            x = self.columns.joined(x)
+        return ops.reshape(x, ops.shape(bias))
+
+
+def _unless_one(bias: Tensor, lengths: tuple) -> tuple:
+    """Returns the lengths, but 1 along the axes that the bias broadcasts."""
+    return tuple(
+        1 if bias.shape[axis] == 1 else length for axis, length in enumerate(lengths)
+    )
