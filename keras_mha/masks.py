@@ -471,7 +471,8 @@ def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
         if isinstance(value, Mask) and dataclasses.is_dataclass(value):
             names = [field.name for field in dataclasses.fields(value)]
             return _Fields(
-                type(value), tuple((name, split(getattr(value, name))) for name in names)
+                type(value),
+                tuple((name, split(getattr(value, name))) for name in names),
             )
         if hasattr(value, "shape") and hasattr(value, "dtype"):
             tensors.append(value)

@@ -26,6 +26,7 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,10 +115,12 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
 
 def _groups_at_once(call: AttentionCall) -> int | None:
     """A CPU wants a tile that fits its cache, others as much work as they can get."""
-    if not backends.current().on_cpu(call.query):
+    backend = backends.current()
+    if not backend.on_cpu(call.query):
         return None
     heads, groups = call.query.shape[2], call.key.shape[2]
-    return 2 if heads == groups and groups % 2 == 0 else 1
+    most = max(backend.HEADS_PER_TILE * groups // heads, 1)
+    return max(n for n in range(1, most + 1) if groups % n == 0)
 
 
 def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -162,13 +165,11 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
         top, total, sums = state
         logits, _ = scores.logits(query, place, allowed)
         new_top = ops.maximum(top, walk.backend.row_max(logits))
-        weights = ops.exp(logits - new_top[..., None])
+        weights = walk.backend.exp_minus(logits, new_top)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.sum(weights, axis=-1)
         value = walk.cut_columns(tensors["value"], place)
-        new = walk.backend.matmul(
-            value, scores.dropped(weights, place), transpose_y=True
-        )
+        new = walk.backend.to_rows(scores.dropped(place)(weights), value)
         return new_top, total, sums * shrink[:, None] + new
 
     def visit_tile(place, masked, state):
@@ -253,27 +254,28 @@ def backward(
 def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
     """Returns the rows' gradient of the scaled query, `(heads, H, G * rows)`, and the
     results with what these rows add to the gradients of key, value and bias."""
-    walk, tensors, matmul = scores.walk, scores.tensors, scores.walk.backend.matmul
+    walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
     query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
     d_output = walk.cut_rows(tensors["d_output"], row)
     kept_d_output = d_output / (1.0 - scores.problem.dropout)
-    lse = walk.cut_rows(tensors["lse"], row)[:, 0, :, None]
+    lse = walk.cut_rows(tensors["lse"], row)[:, 0]
     share = walk.cut_rows(tensors["share"], row)[:, 0, :, None]
 
     def step(place, allowed):
         key = walk.cut_columns(tensors["key"], place)
         value = walk.cut_columns(tensors["value"], place)
         logits, slope = scores.logits(query, place, allowed)
-        weights = ops.exp(logits - lse)
-        d_value = matmul(kept_d_output, scores.dropped(weights, place))
-        d_weights = matmul(kept_d_output, value, transpose_x=True)
-        d_logits = weights * (scores.dropped(d_weights, place) - share)
+        weights = backend.exp_minus(logits, lse)
+        dropped = scores.dropped(place)
+        d_value = backend.to_columns(dropped(weights), kept_d_output)
+        d_weights = backend.scores(kept_d_output, value)
+        d_logits = weights * (dropped(d_weights) - share)
         d_bias = ()
         if "bias" in scores.problem.differentiable:
             d_bias = (walk.summed_scores(d_logits, tensors["bias"]),)
         d_scores = d_logits if slope is None else d_logits * slope
-        d_query = matmul(key, d_scores, transpose_y=True)
-        return d_query, matmul(query, d_scores), d_value, *d_bias
+        d_query = backend.to_rows(d_scores, key)
+        return d_query, backend.to_columns(d_scores, query), d_value, *d_bias
 
     def add(place, sums, parts):
         d_query, d_key, d_value, *d_bias = parts
@@ -315,7 +317,7 @@ class _Scores:
         masked, and the soft cap's derivative (`None` without a cap)."""
         walk, slope = self.walk, None
         key = walk.cut_columns(self.tensors["key"], place)
-        logits = walk.backend.matmul(query, key, transpose_x=True)
+        logits = walk.backend.scores(query, key)
         if (cap := self.problem.logit_soft_cap) is not None:
             capped = ops.tanh(logits / cap)
             logits, slope = cap * capped, 1.0 - capped * capped
@@ -326,13 +328,16 @@ class _Scores:
             bias = walk.cut_scores(self.tensors["bias"], place)
             logits = logits + at_least_float32(bias)
         if allowed is not None:
-            logits = ops.where(allowed, logits, -math.inf)
+            # Added, not chosen by: the small tile is made once for all heads.
+            logits = logits + ops.where(
+                allowed, ops.cast(0.0, walk.dtype), ops.cast(-math.inf, walk.dtype)
+            )
         return walk.folded_scores(logits), slope
 
-    def dropped(self, weights: Tensor, place: Place) -> Tensor:
-        """Returns a tile of weights with zeros where dropout drops, not scaled up."""
+    def dropped(self, place: Place) -> Callable[[Tensor], Tensor]:
+        """Returns what drops weights of a tile, without scaling up the rest."""
         if not self.problem.dropout:
-            return weights
+            return lambda weights: weights
         walk = self.walk
         kept = dropout.kept(
             self.tensors["seed"],
@@ -340,4 +345,5 @@ class _Scores:
             walk.head_index(place),
             walk.tile(place),
         )
-        return ops.where(walk.folded_scores(kept), weights, 0.0)
+        kept = walk.folded_scores(kept)
+        return lambda weights: walk.backend.keep(weights, kept)

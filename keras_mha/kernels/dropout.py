@@ -42,18 +42,18 @@ def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
         tile: The rows and columns.
 
     Returns:
-        Booleans of shape `(..., rows, columns)`, each `True` with a probability of
-        `1 - rate` to within 2^-32.
+        What the backend's `keep` takes, of shape `(..., rows, columns)`: each weight is
+        kept with a probability of `1 - rate`, to within 2^-31.
     """
+    backend = backends.current()
     row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
     row = _mixed(row + tile.row_indices * _ROW)
     step = _mixed(row + _STEP) * 2 + 1
-    numbers = _mixed((tile.column_indices + row) * step)
-    return numbers >= min(round(rate * 2**32) - 2**31, 2**31 - 1)
+    threshold = 2 * min(round(rate * 2**31) - 2**30, 2**30 - 1)
+    return backend.at_least(_mixed((tile.column_indices + row) * step), threshold)
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Spreads every bit of int32 over the higher ones."""
-    xor_shifted = backends.current().xor_shifted
-    x = xor_shifted(x, 16) * _MIX[0]
-    return xor_shifted(x, 15) * _MIX[1]
+    """Spreads every bit of int32 over the higher ones; `x` may be written over."""
+    xor_shifted = backends.current().xor_shifted_times
+    return xor_shifted(xor_shifted(x, 16, _MIX[0]), 15, _MIX[1])

@@ -18,7 +18,7 @@ References:
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
-from keras_mha.kernels import dropout
+from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, allowed_pairs
 from keras_mha.masks import whole_tile
@@ -72,10 +72,12 @@ def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
     if call.dropout == 1:
         return weights * 0.0
     batch, heads, rows, columns = ops.shape(weights)
-    head_index = ops.reshape(ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1))
+    head_index = ops.reshape(
+        ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1)
+    )
     tile = whole_tile(rows, columns)
     kept = dropout.kept(dropout.seed_pair(call.seed), call.dropout, head_index, tile)
-    return ops.where(kept, weights / (1.0 - call.dropout), 0.0)
+    return backends.current().keep(weights / (1.0 - call.dropout), kept)
 
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:

@@ -107,9 +107,7 @@ def schedule(mask: Mask | None, rows: Pieces, columns: Pieces) -> Schedule | Non
     return Schedule(order, full, live)
 
 
-def _status(
-    mask: Mask | None, rows: Pieces, columns: Pieces, i: int, j: int
-) -> str:
+def _status(mask: Mask | None, rows: Pieces, columns: Pieces, i: int, j: int) -> str:
     status = "full"
     if mask is not None:
         tile = Tile(rows.start(i), rows.size, columns.start(j), columns.size)

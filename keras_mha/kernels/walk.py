@@ -175,7 +175,9 @@ class Walk:
         tile = self.tile(place)
         allowed = None
         if self.mask is not None:
-            known = (x if isinstance(x, int) else None for x in (tile.rows, tile.columns))
+            known = (
+                x if isinstance(x, int) else None for x in (tile.rows, tile.columns)
+            )
             shape = (self.static_batch, self.groups * self.shared, *known)
             allowed = self._block_by_head(mask_block(self.mask, tile, shape), place)
         for pieces, indices, index in (
@@ -296,7 +298,9 @@ class Walk:
         index = 0
         for axis, (count, number) in enumerate(
             zip(
-                self._score_pieces(bias), (batch, group, 0, place.i, place.j), strict=True
+                self._score_pieces(bias),
+                (batch, group, 0, place.i, place.j),
+                strict=True,
             )
         ):
             if bias.shape[axis] != 1:

@@ -1,4 +1,4 @@
-"""Loops, tiles and gradients on JAX: loops are `while` loops of the compiled program."""
+"""Loops, tiles and gradients on JAX; loops become `while` loops of the program."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,6 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
+
+
+# How many heads share a tile on a CPU, measured: enough work for one call of an
+# operation, and little enough to stay in a cache.
+HEADS_PER_TILE = 2
 
 
 def loop(count: Any, body: Callable, carry: tuple) -> tuple:
@@ -43,11 +50,19 @@ def stacked(tiles: Any) -> Any:
     return tiles
 
 
-def matmul(x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
-    """Multiplies matrices, the last two axes."""
-    x = x.mT if transpose_x else x
-    y = y.mT if transpose_y else y
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+def scores(x: Any, y: Any) -> Any:
+    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
+    return jnp.einsum("hdr,hdc->hrc", x, y, precision=_EXACT)
+
+
+def to_rows(weights: Any, y: Any) -> Any:
+    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
+    return jnp.einsum("hdc,hrc->hdr", y, weights, precision=_EXACT)
+
+
+def to_columns(weights: Any, x: Any) -> Any:
+    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
+    return jnp.einsum("hdr,hrc->hdc", x, weights, precision=_EXACT)
 
 
 def row_max(x: Any) -> Any:
@@ -55,9 +70,25 @@ def row_max(x: Any) -> Any:
     return x.max(-1)
 
 
-def xor_shifted(x: Any, bits: int) -> Any:
-    """Returns `x ^ (x >> bits)` of int32, with the sign shifted in."""
-    return x ^ (x >> bits)
+def exp_minus(x: Any, rows: Any) -> Any:
+    """Returns `exp(x - rows)` with one number a row; `x` may be written over."""
+    return jnp.exp(x - rows[..., None])
+
+
+def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
+    """Returns `(x ^ (x >> bits)) * factor` of int32, with the sign shifted in and the
+    product cut to 32 bits; `x` may be written over."""
+    return (x ^ (x >> bits)) * factor
+
+
+def at_least(numbers: Any, threshold: int) -> Any:
+    """Returns which int32 are not below a threshold, as `keep` takes it."""
+    return numbers >= threshold
+
+
+def keep(x: Any, kept: Any) -> Any:
+    """Returns `x` with zeros where `at_least` said no."""
+    return jnp.where(kept, x, 0)
 
 
 def on_cpu(x: Any) -> bool:

@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 
+# How many heads share a tile on a CPU, measured: enough work for one call of an
+# operation, and little enough to stay in a cache.
+HEADS_PER_TILE = 8
+
 
 def loop(count: int, body: Callable, carry: tuple) -> tuple:
     """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
@@ -53,9 +57,19 @@ def stacked(tiles: _Tiles) -> Any:
     return torch.stack([tiles.zeros if tile is None else tile for tile in tiles])
 
 
-def matmul(x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False) -> Any:
-    """Multiplies matrices, the last two axes."""
-    return torch.matmul(x.mT if transpose_x else x, y.mT if transpose_y else y)
+def scores(x: Any, y: Any) -> Any:
+    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
+    return torch.matmul(x.mT, y)
+
+
+def to_rows(weights: Any, y: Any) -> Any:
+    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
+    return torch.matmul(y, weights.mT)
+
+
+def to_columns(weights: Any, x: Any) -> Any:
+    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
+    return torch.matmul(x, weights)
 
 
 def row_max(x: Any) -> Any:
@@ -63,9 +77,29 @@ def row_max(x: Any) -> Any:
     return x.amax(-1)
 
 
-def xor_shifted(x: Any, bits: int) -> Any:
-    """Returns `x ^ (x >> bits)` of int32, with the sign shifted in."""
-    return x ^ (x >> bits)
+def exp_minus(x: Any, rows: Any) -> Any:
+    """Returns `exp(x - rows)` with one number a row; `x` may be written over."""
+    return x.sub_(rows[..., None]).exp_()
+
+
+def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
+    """Returns `(x ^ (x >> bits)) * factor` of int32, with the sign shifted in and the
+    product cut to 32 bits; `x` may be written over."""
+    return x.bitwise_xor_(x >> bits).mul_(factor)
+
+
+def at_least(numbers: Any, threshold: int) -> Any:
+    """Returns which int32 are not below a threshold, as `keep` takes it."""
+    # Comparing and choosing take several times as long on a CPU as arithmetic on whole
+    # numbers: all bits set stands for yes, none for no.
+    return ((numbers >> 1).sub_(threshold >> 1) >> 31).bitwise_not_()
+
+
+def keep(x: Any, kept: Any) -> Any:
+    """Returns `x` with zeros where `at_least` said no."""
+    if x.dtype == torch.float32 and not x.requires_grad:
+        return (x.view(torch.int32) & kept).view(torch.float32)
+    return torch.where(kept != 0, x, 0)
 
 
 def on_cpu(x: Any) -> bool:
