@@ -3,8 +3,14 @@
 import keras_mha._keras  # noqa: F401  first, to say what to do without a backend
 from keras_mha import masks
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
-from keras_mha.ops.dot_product_attention import dot_product_attention
+from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["MultiHeadAttention", "__version__", "dot_product_attention", "masks"]
+__all__ = [
+    "MultiHeadAttention",
+    "__version__",
+    "dot_product_attention",
+    "masks",
+    "plan_attention",
+]

@@ -441,6 +441,20 @@ class Not(Mask):
         self.mask.check(scores_shape)
 
 
+def is_plain_causal(mask: Mask | None) -> bool:
+    """Whether a mask is what others call causal: `j <= i`, for every row alike."""
+    return isinstance(mask, Causal) and isinstance(mask.offset, int) and not mask.offset
+
+
+def is_alike_for_all_rows(mask: Mask) -> bool:
+    """Whether a mask is known to hide the same keys from every query of a sequence."""
+    if isinstance(mask, And | Or):
+        return is_alike_for_all_rows(mask.left) and is_alike_for_all_rows(mask.right)
+    if isinstance(mask, Not):
+        return is_alike_for_all_rows(mask.mask)
+    return isinstance(mask, Padding | Prefix)
+
+
 def as_mask(value: Mask | Tensor) -> Mask:
     """Returns a mask as it is, and an array or tensor of booleans as a `Dense` mask."""
     return value if isinstance(value, Mask) else Dense(value)

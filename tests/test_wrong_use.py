@@ -342,12 +342,6 @@ CALL = [
         "return_attention_scores.*flash_attention",
     ),
     (
-        "fused dropout",
-        call(layer={"flash_attention": True, "dropout": 0.1}, training=True),
-        ValueError,
-        "fused.*flash_attention=True",
-    ),
-    (
         "causal as text",
         call(use_causal_mask="no"),
         TypeError,
@@ -423,9 +417,9 @@ FUNCTION = [
     ("return_scores text", attend(return_scores="y"), TypeError, "return_scores.*'y'"),
     (
         "unknown implementation",
-        attend(implementation="flash"),
+        attend(implementation="tiled"),
         ValueError,
-        "implementation.*'auto', 'fused'.*'flash'",
+        "implementation.*'auto', 'flash', 'fused'.*'tiled'",
     ),
     (
         "fused scores",
@@ -434,10 +428,22 @@ FUNCTION = [
         "implementation='fused'.*Use implementation='auto'",
     ),
     (
-        "an implementation of a later version",
-        attend(implementation="blockwise"),
+        "scores in linear memory",
+        attend(implementation="flash", return_scores=True),
         ValueError,
-        "blockwise.*not part of this version.*'reference'",
+        "flash_attention=True.*only the reference.*Use implementation='auto'",
+    ),
+    (
+        "scores in tiles",
+        attend(implementation="blockwise", return_scores=True),
+        ValueError,
+        "implementation='blockwise'.*only the reference.*Use implementation='auto'",
+    ),
+    (
+        "no scores in linear memory",
+        attend(query=(2, 0, 4, 8), implementation="flash", sink=0.0),
+        ValueError,
+        "flash_attention=True.*there are no scores",
     ),
 ]
 

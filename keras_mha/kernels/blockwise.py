@@ -27,13 +27,13 @@ References:
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32, dtype_name
-from keras_mha.kernels import backends, dropout
+from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST
 from keras_mha.kernels.walk import Place, Walk
@@ -55,6 +55,10 @@ class Problem:
         mask: The mask without its tensors.
         differentiable: Names of the tensors that have gradients.
         groups_at_once: As in `Walk`.
+        tile: As in `Walk`.
+
+    Where the lengths become known only when the program runs and turn out to be short,
+    all scores are one tile.
     """
 
     scale: float
@@ -63,6 +67,20 @@ class Problem:
     mask: Any
     differentiable: tuple[str, ...]
     groups_at_once: int | None
+    tile: int | None
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Returns why tiles cannot run this call, or `None` if they can."""
+    if call.return_scores:
+        return "only the reference can return the scores"
+    lengths = call.scores_shape[2:]
+    if 0 in lengths:
+        return "there are no scores"
+    is_length = backends.current().is_length
+    if not all(length is None or is_length(length) for length in lengths):
+        return "tiles need lengths that are numbers, which an exported program has not"
+    return None
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, None]:
@@ -109,6 +127,7 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
         mask=mask,
         differentiable=differentiable,
         groups_at_once=_groups_at_once(call),
+        tile=tiling.TILE,
     )
     return problem, tensors
 
@@ -121,6 +140,22 @@ def _groups_at_once(call: AttentionCall) -> int | None:
     heads, groups = call.query.shape[2], call.key.shape[2]
     most = max(backend.HEADS_PER_TILE * groups // heads, 1)
     return max(n for n in range(1, most + 1) if groups % n == 0)
+
+
+def _by_length(
+    function: Callable, problem: Problem, tensors: dict, *others: Any
+) -> Any:
+    """Runs `function`, in one tile where lengths not known yet turn out to be short."""
+    backend = backends.current()
+    rows, columns = ops.shape(tensors["query"])[4], ops.shape(tensors["key"])[3]
+    if isinstance(rows, int) and isinstance(columns, int):
+        return function(problem, tensors, *others)
+    whole = replace(problem, groups_at_once=None, tile=None)
+    return backend.either(
+        rows * columns < backend.FEW_SCORES,
+        lambda: function(whole, tensors, *others),
+        lambda: function(problem, tensors, *others),
+    )
 
 
 def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -137,6 +172,10 @@ def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         The output, shape `(B, K, V, G, T)`, and the logarithm of each row's sum of
         exponentials, shape `(B, K, 1, G, T)`, infinite where a row sees nothing.
     """
+    return _by_length(_forward, problem, tensors)
+
+
+def _forward(problem, tensors):
     scores = _Scores(problem, tensors)
     walk, width = scores.walk, tensors["value"].shape[2]
 
@@ -164,7 +203,7 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     def step(place, allowed, state):
         top, total, sums = state
         logits, _ = scores.logits(query, place, allowed)
-        new_top = ops.maximum(top, walk.backend.row_max(logits))
+        new_top = _larger(top, walk.backend.row_max(logits))
         weights = walk.backend.exp_minus(logits, new_top)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.sum(weights, axis=-1)
@@ -189,7 +228,7 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     top, total, sums = walk.for_each_tile(row, visit_tile, state)
     if "sink" in tensors:
         sink = walk.cut_heads(tensors["sink"], row)
-        new_top = ops.maximum(top, sink)
+        new_top = _larger(top, sink)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.exp(sink - new_top)
         top, sums = new_top, sums * shrink[:, None]
@@ -197,6 +236,11 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     total = ops.where(seen, total, 1.0)
     output = sums / (total * (1.0 - scores.problem.dropout))[:, None]
     return output, ops.where(seen, top + ops.log(total), math.inf)[:, None]
+
+
+def _larger(x: Tensor, y: Tensor) -> Tensor:
+    # With torch `ops.maximum` makes float32 of float64.
+    return ops.where(x > y, x, y)
 
 
 def backward(
@@ -215,6 +259,10 @@ def backward(
         lse: What `forward` returned.
         d_output: The gradient of the output.
     """
+    return _by_length(_backward, problem, tensors, output, lse, d_output)
+
+
+def _backward(problem, tensors, output, lse, d_output):
     scores = _Scores(problem, tensors)
     walk, dtype = scores.walk, scores.walk.dtype
     d_output = ops.cast(d_output, dtype)
@@ -308,7 +356,7 @@ class _Scores:
         self.problem, self.tensors = problem, dict(tensors)
         mask = join_tensors(problem.mask, tensors["mask"])
         query, key = tensors["query"], tensors["key"]
-        self.walk = Walk(query, key, mask, problem.groups_at_once)
+        self.walk = Walk(query, key, mask, problem.groups_at_once, problem.tile)
 
     def logits(
         self, query: Tensor, place: Place, allowed: Tensor | None

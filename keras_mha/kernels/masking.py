@@ -1,5 +1,7 @@
 """Who may attend to whom in a call: its mask and its bias together."""
 
+from typing import Any
+
 from keras import ops
 
 from keras_mha import _checks
@@ -13,24 +15,32 @@ from keras_mha.masks import Mask, Tile, whole_tile
 LOWEST = -1e30
 
 
-def allowed_pairs(call: AttentionCall) -> Tensor | None:
-    """Returns booleans that broadcast to `(B, N, T, S)`, or `None` for everybody."""
+def allowed_pairs(call: AttentionCall, tile: Tile | None = None) -> Tensor | None:
+    """Returns booleans that broadcast to `(B, N, rows, columns)`, or `None` for all.
+
+    Args:
+        call: The call.
+        tile: A part of the scores; `None` for the whole.
+    """
+    if tile is None:
+        tile = whole_tile(ops.shape(call.query)[1], ops.shape(call.key)[1])
     allowed = None
-    if call.mask is not None:
-        rows, columns = ops.shape(call.query)[1], ops.shape(call.key)[1]
-        tile = whole_tile(rows, columns)
-        allowed = mask_block(call.mask, tile, call.scores_shape)
+    if call.mask is not None and not (
+        tile.is_static and call.mask.status(tile) == "full"
+    ):
+        allowed = mask_block(call.mask, tile, *call.scores_shape[:2])
     if call.bias is not None:
-        allowed_by_bias = call.bias > LOWEST
+        bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
         if allowed is None:
-            return allowed_by_bias
-        allowed = ops.logical_and(allowed, allowed_by_bias)
+            return bias > LOWEST
+        allowed = ops.logical_and(allowed, bias > LOWEST)
     return allowed
 
 
-def mask_block(mask: Mask, tile: Tile, shape: tuple) -> Tensor:
+def mask_block(mask: Mask, tile: Tile, batch: int | None, heads: int) -> Tensor:
     """Returns the mask's booleans for a tile, and raises if a user's mask errs."""
     block = mask.block(tile)
+    shape = (batch, heads, *(_known(n) for n in (tile.rows, tile.columns)))
     if not _checks.broadcasts_to(tuple(block.shape), shape):
         raise ValueError(
             f"{type(mask).__name__} must give booleans that broadcast to {shape} "
@@ -40,3 +50,7 @@ def mask_block(mask: Mask, tile: Tile, shape: tuple) -> Tensor:
     if tile.batch is not None and block.shape[0] != 1:
         block = tile.cut_batch(block)  # a mask of the user's own need not know of it
     return block if dtype_name(block) == "bool" else ops.cast(block, "bool")
+
+
+def _known(length: Any) -> int | None:
+    return length if isinstance(length, int) else None

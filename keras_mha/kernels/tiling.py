@@ -38,6 +38,8 @@ class Pieces(NamedTuple):
     @property
     def may_overlap(self) -> bool:
         """Whether the last piece repeats part of the one before it."""
+        if isinstance(self.count, int) and self.count == 1:
+            return False
         return not self.is_static or self.size * self.count != self.length
 
     def start(self, index: Any) -> Any:
@@ -59,21 +61,27 @@ class Pieces(NamedTuple):
         Returns:
             Shape `(..., length)`, without what the last piece repeats.
         """
-        lead = ops.shape(pieces)[:-2]
+        lead, whole = ops.shape(pieces)[:-2], self.size * self.count
+        flat = ops.reshape(pieces, (*lead, whole))
         if not self.may_overlap:
-            return ops.reshape(pieces, (*lead, self.length))
-        early = ops.reshape(pieces[..., :-1, :], (*lead, (self.count - 1) * self.size))
-        rest = self.length - (self.count - 1) * self.size
-        last = pieces[..., -1, :]
-        starts, shape = [0] * len(lead) + [self.size - rest], [*lead, rest]
-        return ops.concatenate([early, ops.slice(last, starts, shape)], axis=-1)
+            return flat
+        early = (self.count - 1) * self.size
+        parts = ((0, early), (whole - self.length + early, self.length - early))
+        none = (0,) * len(lead)
+        return ops.concatenate(
+            [ops.slice(flat, (*none, start), (*lead, n)) for start, n in parts], axis=-1
+        )
 
 
-def cut_in_pieces(length: Any, size: int) -> Pieces:
-    """Cuts an axis into pieces of at most about `size`, all alike."""
-    count = _ceil_div(length, size)
-    size = _min(length, _ceil_div(_ceil_div(length, count), _MULTIPLE) * _MULTIPLE)
-    return Pieces(length, size, _ceil_div(length, size))
+def cut_in_pieces(length: Any, size: int | None) -> Pieces:
+    """Cuts an axis into pieces of at most about `size`, all alike; `None` for one."""
+    if size is None:
+        return Pieces(length, length, 1)
+    # A length that is not known yet may be 0: that is one piece, and an empty one.
+    count = _max(_ceil_div(length, size), 1)
+    even = _ceil_div(length, count)
+    size = _min(length, _ceil_div(even, _MULTIPLE) * _MULTIPLE)
+    return Pieces(length, size, _max(_ceil_div(length, _max(size, 1)), 1))
 
 
 class Schedule(NamedTuple):
@@ -125,3 +133,9 @@ def _min(x: Any, y: Any) -> Any:
     if isinstance(x, int) and isinstance(y, int):
         return min(x, y)
     return ops.minimum(x, y)
+
+
+def _max(x: Any, y: Any) -> Any:
+    if isinstance(x, int) and isinstance(y, int):
+        return max(x, y)
+    return ops.maximum(x, y)

@@ -18,7 +18,7 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32, dtype_name
 from keras_mha.kernels import backends
 from keras_mha.kernels.masking import mask_block
-from keras_mha.kernels.tiling import TILE, cut_in_pieces, schedule
+from keras_mha.kernels.tiling import cut_in_pieces, schedule
 from keras_mha.masks import Mask, Tile
 
 
@@ -53,10 +53,17 @@ class Walk:
         mask: Who may attend to whom; `None` for everybody.
         groups_at_once: Number of key heads, of one batch row, that share a tile;
             `None` for all key heads of all batch rows.
+        tile: Rows and columns of a tile, fewer rows where query heads share it; `None`
+            for a tile of all scores.
     """
 
     def __init__(
-        self, query: Tensor, key: Tensor, mask: Mask | None, groups_at_once: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        mask: Mask | None,
+        groups_at_once: int | None,
+        tile: int | None,
     ):
         self.backend = backends.current()
         self.like = query
@@ -71,8 +78,10 @@ class Walk:
         self.batch_chunks = self.batch // self.chunk_batch
         self.chunks = self.batch_chunks * self.group_chunks
         self.folded = self.chunk_batch * self.chunk_groups
-        self.rows = cut_in_pieces(rows, max(TILE // self.shared, 128))
-        self.columns = cut_in_pieces(ops.shape(key)[3], TILE)
+        self.rows = cut_in_pieces(
+            rows, None if tile is None else max(tile // self.shared, tile // 4)
+        )
+        self.columns = cut_in_pieces(ops.shape(key)[3], tile)
         self.all_rows = self.shared * self.rows.size
         self.schedule = schedule(mask, self.rows, self.columns)
 
@@ -103,8 +112,10 @@ class Walk:
 
         plan = self.schedule
         if plan is None:  # lengths are not known yet: look at every tile
+            overlap = self.rows.may_overlap or self.columns.may_overlap
+            masked = self.mask is not None or overlap
             return self.backend.loop(
-                self.columns.count, lambda j, carry: visit(j, True, carry), carry
+                self.columns.count, lambda j, carry: visit(j, masked, carry), carry
             )
         columns, full, live = (self.backend.table(table)[row.i] for table in plan)
         if plan.full.any():
@@ -175,11 +186,9 @@ class Walk:
         tile = self.tile(place)
         allowed = None
         if self.mask is not None:
-            known = (
-                x if isinstance(x, int) else None for x in (tile.rows, tile.columns)
-            )
-            shape = (self.static_batch, self.groups * self.shared, *known)
-            allowed = self._block_by_head(mask_block(self.mask, tile, shape), place)
+            heads = self.groups * self.shared
+            block = mask_block(self.mask, tile, self.static_batch, heads)
+            allowed = self._block_by_head(block, place)
         for pieces, indices, index in (
             (self.rows, tile.row_indices, place.i),
             (self.columns, tile.column_indices, place.j),

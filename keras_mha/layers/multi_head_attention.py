@@ -505,7 +505,7 @@ class MultiHeadAttention(keras.layers.Layer):
             flash_attention = keras.config.is_flash_attention_enabled()
             # Keras's switch can turn fused kernels off; on is what happens anyway.
             return "reference" if flash_attention is False else "auto"
-        return "fused" if flash_attention else "reference"
+        return "flash" if flash_attention else "reference"
 
     # ------------------------------------------------------------------ masks
 

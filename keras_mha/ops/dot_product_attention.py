@@ -57,9 +57,11 @@ def dot_product_attention(
         seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
             the same weights in every call.
         return_scores: Whether to return the attention weights too.
-        implementation: `"auto"` takes the fastest kernel that can run the call;
-            `"fused"` (the backend's own kernel) and `"reference"` (the formula, with
-            all scores in memory) demand one.
+        implementation: `"auto"` takes the fastest kernel that can run the call.
+            `"fused"` (the backend's own kernel), `"blockwise"` (tiles with a running
+            softmax) and `"reference"` (the formula, with all scores in memory) demand
+            one, `"flash"` demands one of the first two, whose memory is linear in the
+            lengths. `keras_mha.plan_attention` says what a call would take.
 
     Returns:
         The output, shape `(B, T, N, V)`, in the dtype that `query`, `key` and `value`
@@ -99,6 +101,70 @@ def dot_product_attention(
             query, key, value, mask=mask, bias=bias, sink=sink
         )
     return _attend(query, key, value, mask=mask, bias=bias, sink=sink, **options)
+
+
+def plan_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: masks.Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    logit_soft_cap: float | None = None,
+    sink: float | Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | SeedGenerator | None = None,
+    return_scores: bool = False,
+    implementation: planner.Implementation = "auto",
+) -> planner.Plan:
+    """Says which implementation `dot_product_attention` would take, and why.
+
+    Nothing is computed. The arguments are those of `dot_product_attention`; tensors may
+    also be `keras.KerasTensor`s, which have a shape and a dtype only.
+
+    Args:
+        query: As of `dot_product_attention`, shape `(B, T, N, H)`.
+        key: As there, shape `(B, S, K, H)`.
+        value: As there, shape `(B, S, K, V)`.
+        mask: As there.
+        bias: As there.
+        scale: As there.
+        logit_soft_cap: As there.
+        sink: As there.
+        dropout: As there.
+        seed: As there.
+        return_scores: As there.
+        implementation: As there.
+
+    Returns:
+        A plan with `implementation` (`"fused"`, `"blockwise"` or `"reference"`) and
+        `reason`, strings both.
+
+    Raises:
+        TypeError: As `dot_product_attention` does.
+        ValueError: As `dot_product_attention` does.
+
+    Example:
+
+    >>> x = keras.KerasTensor((1, 4096, 8, 64))
+    >>> keras_mha.plan_attention(x, x, x, return_scores=True).implementation
+    'reference'
+    """
+    call = _checked_call(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        logit_soft_cap=logit_soft_cap,
+        sink=sink,
+        dropout=dropout,
+        seed=seed,
+        return_scores=return_scores,
+    )
+    return planner.plan(call, implementation)
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")

@@ -1,34 +1,34 @@
 """Chooses the kernel for a call, and says why."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Literal
 
 from keras_mha import _checks
 from keras_mha._keras import Tensor
-from keras_mha.kernels import blockwise, fused, reference
+from keras_mha.kernels import backends, blockwise, fused, reference
 from keras_mha.kernels.call import AttentionCall
 
-Implementation = Literal["auto", "fused", "blockwise", "reference"]
+Implementation = Literal["auto", "flash", "fused", "blockwise", "reference"]
 
-IMPLEMENTATIONS = ("auto", "fused", "blockwise", "reference")
+IMPLEMENTATIONS = ("auto", "flash", "fused", "blockwise", "reference")
+
+_USE_AUTO = "Use implementation='auto' (flash_attention=None)."
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True)
+class Plan:
     """Which implementation a call takes, and why.
 
     Args:
-        implementation: `"fused"` or `"reference"`.
+        implementation: `"fused"`, `"blockwise"` or `"reference"`.
         reason: One clause of English.
+        kernel: The function that runs the call.
     """
 
     implementation: str
     reason: str
-
-    @property
-    def kernel(self) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
-        """The function that runs the call."""
-        kernels = {"fused": fused, "blockwise": blockwise, "reference": reference}
-        return kernels[self.implementation].attend
+    kernel: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = field(repr=False)
 
 
 def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
@@ -36,8 +36,9 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
 
     Args:
         call: The call. Only the shapes and dtypes of its tensors are looked at.
-        implementation: `"auto"` to take the best one that can run the call, or the
-            name of the one to take.
+        implementation: `"auto"` to take the best one that can run the call, `"flash"`
+            for the best one that never holds all scores, or the name of the one to
+            take.
 
     Returns:
         The plan.
@@ -47,17 +48,41 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
     """
     _checks.choice("implementation", implementation, IMPLEMENTATIONS)
     if implementation == "reference":
-        return Plan("reference", "asked for")
-    if implementation == "blockwise":
-        return Plan("blockwise", "asked for")
-    refusal = fused.refusal(call)
+        return Plan("reference", "asked for", reference.attend)
+    fused_refusal = fused.refusal(call)
     if implementation == "fused":
-        if refusal is not None:
-            raise ValueError(
-                f"implementation='fused' (flash_attention=True) cannot run this call: "
-                f"{refusal}. Use implementation='auto' (flash_attention=None)."
-            )
-        return Plan("fused", "asked for")
-    if refusal is None:
-        return Plan("fused", "the backend's own kernel can run the whole call")
-    return Plan("reference", refusal)
+        _raise_if(fused_refusal, "implementation='fused'")
+        return Plan("fused", "asked for", fused.attend)
+    blockwise_refusal = blockwise.refusal(call)
+    if implementation == "blockwise":
+        _raise_if(blockwise_refusal, "implementation='blockwise'")
+        return Plan("blockwise", "asked for", blockwise.attend)
+    if fused_refusal is None:
+        reason = "the backend's own kernel can run the call"
+        return Plan("fused", reason, fused.attend)
+    if implementation == "flash":
+        _raise_if(blockwise_refusal, "flash_attention=True (implementation='flash')")
+        return Plan("blockwise", fused_refusal, blockwise.attend)
+    return _without_fused(call, fused_refusal, blockwise_refusal)
+
+
+def _without_fused(
+    call: AttentionCall, fused_refusal: str, blockwise_refusal: str | None
+) -> Plan:
+    """Chooses between tiles and whole scores."""
+    if blockwise_refusal is not None:
+        return Plan("reference", blockwise_refusal, reference.attend)
+    few = backends.current().FEW_SCORES
+    rows, columns = call.scores_shape[2:]
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
+        return Plan("blockwise", reason, blockwise.attend)
+    if rows * columns < few:
+        reason = f"{fused_refusal}; tiles pay from {few} scores a head"
+        return Plan("reference", reason, reference.attend)
+    return Plan("blockwise", fused_refusal, blockwise.attend)
+
+
+def _raise_if(refusal: str | None, wish: str) -> None:
+    if refusal is not None:
+        raise ValueError(f"{wish} cannot run this call: {refusal}. {_USE_AUTO}")

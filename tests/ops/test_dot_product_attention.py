@@ -31,7 +31,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 HALF_TYPES = ["bfloat16", "float16"]
 # PyTorch is the backend that ships a fused kernel for every device.
 FUSED = ["fused"] if BACKEND == "torch" else []
-IMPLEMENTATIONS = ["auto", "reference", *FUSED]
+IMPLEMENTATIONS = ["auto", "blockwise", "reference", *FUSED]
 
 # Of a half type the inputs are rounded before the definition sees them, so what is left
 # is the rounding of the result and of the weights: a few units in the last place.
@@ -243,6 +243,13 @@ def test_any_call_in_a_half_type(dtype, spec):
     check_call(spec, dtype, "auto")
 
 
+@settings(max_examples=settings().max_examples // 2)
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(spec=st.fixed_dictionaries(SPECS | {"return_scores": st.just(False)}))
+def test_any_call_in_tiles(dtype, spec):
+    check_call(spec, dtype, "blockwise")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("implementation", FUSED)
 @given(spec=st.fixed_dictionaries(FUSED_SPECS))
@@ -317,7 +324,7 @@ def test_fully_masked_row_is_zero_with_zero_gradients(case, implementation, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_fully_masked_row_with_a_sink_is_zero_with_zero_gradients(
     implementation, dtype
 ):
@@ -404,7 +411,7 @@ def test_float16_logits_beyond_its_range(implementation):
     assert_close(to_numpy(output), expected, "float16")
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_bfloat16_scores_are_worked_out_in_float32(implementation):
     # Logits near 100 that differ by less than bfloat16's step of 0.5 there.
     query = np.full((1, 1, 1, 1), 16.0)
@@ -513,14 +520,14 @@ def dropped_weights(implementation: str, seed: Any, length: int = 64) -> np.ndar
     return np.moveaxis(output, 2, 1)
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_dropout_with_the_same_seed_repeats_exactly(implementation):
     first = dropped_weights(implementation, seed=7)
     np.testing.assert_array_equal(first, dropped_weights(implementation, seed=7))
     assert (first != dropped_weights(implementation, seed=8)).any()
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_dropout_drops_at_its_rate_and_scales_the_rest_up(implementation):
     weights = dropped_weights(implementation, seed=1)
     kept = weights != 0
@@ -532,7 +539,7 @@ def test_dropout_drops_at_its_rate_and_scales_the_rest_up(implementation):
         assert (np.diff(kept.astype(int), axis=axis) != 0).mean() > 0.3
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_dropout_keeps_the_expectation(implementation):
     weights = np.mean(
         [dropped_weights(implementation, seed, length=8) for seed in range(60)], axis=0
@@ -565,7 +572,7 @@ def test_dropout_draws_anew_from_a_generator_and_its_twin_repeats_it():
     np.testing.assert_array_equal(first, dropped_weights("auto", twin, length=8))
 
 
-@pytest.mark.parametrize("implementation", ["auto", "reference"])
+@pytest.mark.parametrize("implementation", ["blockwise", "reference"])
 def test_gradients_go_through_the_weights_that_were_kept(implementation):
     query, key, _ = heads(N=2, K=2, H=3)
     one_hot = np.broadcast_to(np.eye(4)[:, None], (2, 4, 2, 4))
@@ -620,13 +627,18 @@ def resolve(options: dict[str, Any], *arguments: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("xla", XLA)
+@pytest.mark.parametrize("implementation", ["auto", "blockwise"])
 @pytest.mark.parametrize("case", COMPILED_CASES.values(), ids=COMPILED_CASES.keys())
-def test_compiled_call(case, xla):
+def test_compiled_call(case, implementation, xla):
     ours, theirs = case
 
     def function(query, key, value):
         return keras_mha.dot_product_attention(
-            query, key, value, **resolve(ours, query, key)
+            query,
+            key,
+            value,
+            implementation=implementation,
+            **resolve(ours, query, key),
         )
 
     arrays, cotangent = heads(), draw(2, 3, 4, 5)
@@ -663,8 +675,9 @@ def test_compiled_call_with_mask_bias_and_sink_as_arguments(xla):
 
 @only_tensorflow
 @pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("implementation", ["auto", "blockwise"])
 @pytest.mark.parametrize("case", COMPILED_CASES.values(), ids=COMPILED_CASES.keys())
-def test_tf_function_with_dynamic_batch_and_lengths(case, xla):
+def test_tf_function_with_dynamic_batch_and_lengths(case, implementation, xla):
     import tensorflow as tf
 
     ours, theirs = case
@@ -681,7 +694,11 @@ def test_tf_function_with_dynamic_batch_and_lengths(case, xla):
         with tf.GradientTape() as tape:
             tape.watch([query, key, value])
             output = keras_mha.dot_product_attention(
-                query, key, value, **resolve(ours, query, key)
+                query,
+                key,
+                value,
+                implementation=implementation,
+                **resolve(ours, query, key),
             )
         return output, tape.gradient(output, [query, key, value])
 
@@ -699,12 +716,18 @@ def test_tf_function_with_dynamic_batch_and_lengths(case, xla):
 
 
 @only_jax
-def test_under_vmap():
+@pytest.mark.parametrize("implementation", ["auto", "blockwise"])
+def test_under_vmap(implementation):
+    import functools
+
     import jax
 
     arrays = heads()
     stacked = [to_tensor(np.stack([x, 2 * x])) for x in arrays]
-    output = jax.vmap(keras_mha.dot_product_attention)(*stacked)
+    function = functools.partial(
+        keras_mha.dot_product_attention, implementation=implementation
+    )
+    output = jax.vmap(function)(*stacked)
     for factor, found in zip([1, 2], output, strict=True):
         expected, _ = oracle.dot_product_attention(*(factor * x for x in arrays))
         assert_close(to_numpy(found), expected, "float32")

@@ -4,18 +4,23 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mha.kernels import fused, reference
+import keras_mha
+from keras_mha.kernels import blockwise, fused, reference
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.masks import Causal
+from keras_mha.masks import Causal, SlidingWindow
 from keras_mha.ops.planner import plan
 from tests.helpers import only_torch
 
 BACKEND = keras.backend.backend()
+without_fused = pytest.mark.skipif(
+    BACKEND == "torch", reason="torch has a fused kernel"
+)
+SHORT, LONG = 5, 4096
 
 
-def a_call(**arguments):
-    shape = keras.KerasTensor((2, 5, 4, 8))
-    return AttentionCall(shape, shape, shape, **arguments)
+def a_call(length=SHORT, **arguments):
+    x = keras.KerasTensor((2, length, 4, 8))
+    return AttentionCall(x, x, x, **arguments)
 
 
 def test_the_reference_can_run_every_call():
@@ -24,36 +29,102 @@ def test_the_reference_can_run_every_call():
     assert chosen.kernel is reference.attend
 
 
+@pytest.mark.parametrize("length", [SHORT, LONG])
+def test_asking_for_the_scores_takes_the_reference(length):
+    chosen = plan(a_call(length, return_scores=True))
+    assert chosen.implementation == "reference"
+    assert "scores" in chosen.reason
+
+
 @only_torch
-def test_torch_takes_its_own_kernel_where_it_can():
-    for call in (a_call(), a_call(mask=Causal()), a_call(bias=np.zeros((1, 1, 5, 5)))):
-        chosen = plan(call)
-        assert chosen.implementation == "fused"
-        assert chosen.kernel is fused.attend
+@pytest.mark.parametrize("length", [SHORT, LONG])
+def test_torch_takes_its_own_kernel_where_it_can(length):
+    for options in (
+        {},
+        {"mask": Causal()},
+        {"mask": SlidingWindow(3)},
+        {"bias": np.zeros((1, 1, 1, 1))},
+    ):
+        for implementation in ("auto", "flash"):
+            chosen = plan(a_call(length, **options), implementation)
+            assert chosen.implementation == "fused"
+            assert chosen.kernel is fused.attend
 
 
 @only_torch
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"return_scores": True}, "scores"),
         ({"dropout": 0.1}, "dropout"),
         ({"logit_soft_cap": 50.0}, "soft cap"),
         ({"sink": np.zeros(4)}, "sink"),
     ],
 )
-def test_a_call_that_the_fused_kernel_cannot_run_goes_to_the_reference(arguments, why):
-    chosen = plan(a_call(**arguments))
-    assert chosen.implementation == "reference"
-    assert why in chosen.reason
-    with pytest.raises(ValueError, match=f"implementation='fused'.*{why}"):
-        plan(a_call(**arguments), "fused")
+def test_what_the_fused_kernel_cannot_run_goes_to_tiles_if_long(arguments, why):
+    for length, taken in ((SHORT, "reference"), (LONG, "blockwise")):
+        chosen = plan(a_call(length, **arguments))
+        assert chosen.implementation == taken
+        assert why in chosen.reason
+        with pytest.raises(ValueError, match=f"implementation='fused'.*{why}"):
+            plan(a_call(length, **arguments), "fused")
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="torch has a fused kernel")
-def test_a_backend_without_a_fused_kernel_says_so():
-    chosen = plan(a_call())
-    assert chosen.implementation == "reference"
-    assert BACKEND in chosen.reason
+@without_fused
+def test_a_backend_without_a_fused_kernel_takes_tiles_for_long_sequences():
+    for length, taken in ((SHORT, reference), (LONG, blockwise), (None, blockwise)):
+        chosen = plan(a_call(length))
+        assert chosen.kernel is taken.attend
+        assert BACKEND in chosen.reason
     with pytest.raises(ValueError, match=f"no fused kernel on the {BACKEND} backend"):
         plan(a_call(), "fused")
+
+
+@pytest.mark.parametrize("length", [SHORT, LONG, None])
+def test_flash_never_takes_the_reference(length):
+    for options in ({}, {"dropout": 0.1}, {"logit_soft_cap": 3.0}):
+        chosen = plan(a_call(length, **options), "flash")
+        assert chosen.implementation in ("fused", "blockwise")
+
+
+def test_nothing_to_attend_to_is_no_work_for_tiles():
+    chosen = plan(a_call(0, sink=np.zeros(4)))
+    assert chosen.implementation == "reference"
+    assert "no scores" in chosen.reason
+
+
+# ---------------------------------------------------------- keras_mha.plan_attention
+
+
+def test_a_user_can_ask_which_implementation_a_call_takes():
+    x = keras.KerasTensor((1, LONG, 8, 64))
+    chosen = keras_mha.plan_attention(x, x, x, mask=Causal(), dropout=0.1)
+    assert chosen.implementation == "blockwise"
+    assert chosen.reason and "kernel" in chosen.reason
+    assert "function" not in repr(chosen)
+    chosen = keras_mha.plan_attention(x, x, x, return_scores=True)
+    assert chosen.implementation == "reference"
+
+
+def test_asking_checks_the_call():
+    x = keras.KerasTensor((1, 8, 8, 64))
+    with pytest.raises(ValueError, match=r"implementation='flash'.*scores"):
+        keras_mha.plan_attention(x, x, x, return_scores=True, implementation="flash")
+    with pytest.raises(ValueError, match="same length"):
+        keras_mha.plan_attention(x, x, keras.KerasTensor((1, 9, 8, 64)))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "flash", "blockwise", "reference"])
+def test_what_is_said_is_what_is_run(implementation, monkeypatch):
+    ran = []
+    for module in (fused, blockwise, reference):
+        name, kernel = module.__name__.rsplit(".", 1)[1], module.attend
+
+        def attend(call, name=name, kernel=kernel):
+            ran.append(name)
+            return kernel(call)
+
+        monkeypatch.setattr(module, "attend", attend)
+    x = keras.ops.ones((1, 5, 2, 8))
+    options = {"mask": Causal(), "implementation": implementation}
+    keras_mha.dot_product_attention(x, x, x, **options)
+    assert ran == [keras_mha.plan_attention(x, x, x, **options).implementation]

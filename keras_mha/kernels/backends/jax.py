@@ -14,6 +14,9 @@ _EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 2
 
+# From how many scores a head tiles are faster than whole scores on a CPU, measured.
+FEW_SCORES = 512**2
+
 
 def loop(count: Any, body: Callable, carry: tuple) -> tuple:
     """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
@@ -89,6 +92,11 @@ def at_least(numbers: Any, threshold: int) -> Any:
 def keep(x: Any, kept: Any) -> Any:
     """Returns `x` with zeros where `at_least` said no."""
     return jnp.where(kept, x, 0)
+
+
+def is_length(x: Any) -> bool:
+    """Whether loops can run over an axis of this length."""
+    return isinstance(x, int)  # an exported program's lengths are symbols
 
 
 def on_cpu(x: Any) -> bool:

@@ -9,6 +9,9 @@ import torch
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 8
 
+# From how many scores a head tiles are faster than whole scores on a CPU, measured.
+FEW_SCORES = 1024**2
+
 
 def loop(count: int, body: Callable, carry: tuple) -> tuple:
     """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
@@ -100,6 +103,11 @@ def keep(x: Any, kept: Any) -> Any:
     if x.dtype == torch.float32 and not x.requires_grad:
         return (x.view(torch.int32) & kept).view(torch.float32)
     return torch.where(kept != 0, x, 0)
+
+
+def is_length(x: Any) -> bool:
+    """Whether loops can run over an axis of this length."""
+    return not torch.compiler.is_exporting()  # no Python loop in an exported program
 
 
 def on_cpu(x: Any) -> bool:

@@ -1,0 +1,180 @@
+"""torch's fused kernel, on the whole call or on slices of its rows.
+
+The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
+nothing. So where the mask is another, it is called for some rows at a time, with the
+keys from the first to the last that any of them may see and a mask of this size only.
+"""
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from keras_mha._keras import Tensor
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.masking import allowed_pairs
+from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
+
+# Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
+# that only some of the rows may see. Other devices want more work at once.
+_ROWS, _ROWS_ELSEWHERE = 128, 1024
+_WHOLE = 512  # Up to so many rows one call is not slower than slices.
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Returns why torch's kernel cannot run this call, or `None` if it can."""
+    # For a few rows torch itself takes another path, with all scores.
+    if getattr(call.bias, "requires_grad", False) and not _is_short(call):
+        return "torch's kernel has no gradient of a bias"
+    return None
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """Returns the output, shape `(B, T, N, V)`."""
+    value_width = call.value.shape[3]
+    width = max(call.query.shape[3], value_width)
+    # Only of one width does the kernel take them; zeros change no product.
+    query, key, value = (
+        (pad(x, (0, width - x.shape[3])) if x.shape[3] != width else x).transpose(1, 2)
+        for x in (call.query, call.key, call.value)
+    )
+    if _is_short(call) or _one_call_does(call):
+        tile = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
+        output = _attend_tile(call, tile, query, key, value)
+    else:
+        output = _attend_slices(call, query, key, value)
+    return output.transpose(1, 2)[..., :value_width]
+
+
+def _is_short(call: AttentionCall) -> bool:
+    rows = call.query.shape[1]
+    return rows is not None and rows <= _WHOLE
+
+
+def _one_call_does(call: AttentionCall) -> bool:
+    """Whether the whole call needs no mask of T x S booleans, or has one anyway."""
+    if call.mask is None or _is_causal(call):
+        return True
+    return call.bias is None and is_alike_for_all_rows(call.mask)
+
+
+def _is_causal(call: AttentionCall) -> bool:
+    # With a negative scale torch's own causal mask gives NaN; one of booleans does not.
+    return call.bias is None and call.scale > 0 and is_plain_causal(call.mask)
+
+
+def _attend_tile(call, tile, query, key, value):
+    """Attends from the tile's rows to its columns; tensors are `(B, heads, ...)`."""
+    causal = tile.whole and _is_causal(call)
+    mask, seen = (None, None) if causal else _torch_mask(call, tile)
+    output = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=call.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output if seen is None else torch.where(seen, output, 0.0)
+
+
+def _torch_mask(call, tile):
+    """Returns torch's `attn_mask` and which rows see any key at all.
+
+    A row that sees none is opened to all keys, so that no softmax is taken over
+    nothing, and its output is set to zero afterwards, which also stops its gradients.
+    """
+    allowed = allowed_pairs(call, tile)
+    if allowed is None:
+        return None, None
+    seen = allowed.any(dim=-1, keepdim=True)
+    if call.bias is None:
+        return allowed | ~seen, seen
+    dtype = call.query.dtype
+    bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
+    # Finite, since a float32 bias may be out of the range of float16.
+    bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+    hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
+    return torch.where(allowed, bias, hidden), seen
+
+
+# The compiler would unroll the slices: it runs them as they are.
+@torch.compiler.disable
+def _attend_slices(call, query, key, value):
+    return _Slices.apply(call, query, key, value)
+
+
+class _Slices(torch.autograd.Function):
+    """Keeps nothing for the gradient but the inputs: each slice is run again."""
+
+    @staticmethod
+    def forward(ctx, call, query, key, value):
+        ctx.call = call
+        ctx.save_for_backward(query, key, value)
+        output = query.new_zeros(*query.shape[:3], value.shape[3])
+        for tile in _slices(call):
+            rows, columns = _ranges(tile)
+            output[:, :, rows] = _attend_tile(
+                call, tile, query[:, :, rows], key[:, :, columns], value[:, :, columns]
+            )
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_gradient):
+        inputs = ctx.saved_tensors
+        # Of half types the slices' parts are added up in float32.
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]
+        for tile in _slices(ctx.call):
+            rows, columns = _ranges(tile)
+            ranges = (rows, columns, columns)
+            parts = [
+                x[:, :, r].detach().requires_grad_()
+                for x, r in zip(inputs, ranges, strict=True)
+            ]
+            with torch.enable_grad():
+                output = _attend_tile(ctx.call, tile, *parts)
+            found = torch.autograd.grad(output, parts, output_gradient[:, :, rows])
+            for gradient, r, part in zip(gradients, ranges, found, strict=True):
+                gradient[:, :, r] += part
+        return None, *(
+            gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)
+        )
+
+
+def _ranges(tile):
+    return (
+        slice(tile.row, tile.row + tile.rows),
+        slice(tile.column, tile.column + tile.columns),
+    )
+
+
+def _slices(call):
+    """Yields for every slice of the rows the tile with all keys that they may see."""
+    rows, columns = call.query.shape[1], call.key.shape[1]
+    step = _ROWS if call.query.device.type == "cpu" else _ROWS_ELSEWHERE
+    for row in range(0, rows, step):
+        tile = Tile(row, min(step, rows - row), 0, columns)
+        first = _first_live(call.mask, tile, forward=True)
+        if first is None:
+            continue
+        last = _first_live(call.mask, tile, forward=False)
+        columns_seen = last.column + last.columns - first.column
+        yield tile._replace(column=first.column, columns=columns_seen)
+
+
+def _first_live(mask, tile, forward):
+    """Returns the narrow tile nearest to one end that the mask does not call empty."""
+    if mask.status(tile) == "empty":
+        return None
+    if tile.columns <= _ROWS:
+        return tile
+    half = tile.columns // 2
+    halves = (
+        tile._replace(columns=half),
+        tile._replace(column=tile.column + half, columns=tile.columns - half),
+    )
+    for part in halves if forward else reversed(halves):
+        if (found := _first_live(mask, part, forward)) is not None:
+            return found
+    return None

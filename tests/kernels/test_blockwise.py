@@ -1,0 +1,317 @@
+"""The blockwise kernel where it has many tiles, against the float64 definition.
+
+With tiles of 16 the cases below have several rows and columns of tiles, lengths that
+are no multiple of a tile, and chunks of heads; `tests/ops` runs the kernel in one tile.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha import masks
+from keras_mha.kernels import backends, tiling
+from tests import oracle
+from tests.helpers import (
+    backend_jit,
+    only_jax,
+    only_tensorflow,
+    outputs_and_gradients,
+    rounded,
+    to_numpy,
+    to_tensor,
+)
+
+XLA = [False, True] if keras.backend.backend() == "tensorflow" else [False]
+B, T, S, N, K, H, V = 2, 37, 45, 4, 2, 5, 3
+i, j = np.arange(T)[:, None], np.arange(S)
+RNG = np.random.default_rng(0)
+DENSE = RNG.uniform(size=(B, N, T, S)) < 0.3
+VALID = RNG.uniform(size=(B, S)) < 0.6
+IDS = np.sort(RNG.integers(0, 4, size=(B, S)))
+IDS_MASK = (IDS[:, :T, None] == IDS[:, None, :])[:, None]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiling, "TILE", 16)
+    monkeypatch.setattr(tiling, "_MULTIPLE", 4)
+    monkeypatch.setattr(backends.current(), "FEW_SCORES", 0)
+
+
+def draw_arrays(heads=(N, K), **shapes):
+    heads, groups = heads
+    sizes = {"query": (B, T, heads, H), "key": (B, S, groups, H)}
+    sizes |= {"value": (B, S, groups, V)} | shapes
+    rng = np.random.default_rng(3)
+    return {name: rng.normal(size=shape) for name, shape in sizes.items()}
+
+
+class Dilated(masks.Mask):
+    """A user's own mask, which says nothing of tiles."""
+
+    def allowed(self, rows, columns):
+        return (rows - columns) % 3 == 0
+
+
+CAUSAL = {"mask": masks.Causal}
+# A case: arrays, what the call is given, and the mask's booleans for the definition.
+CASES = {
+    "plain": ({}, {}, None),
+    "causal": ({}, CAUSAL, j <= i),
+    "window": (
+        {},
+        {"mask": lambda: masks.Causal() & masks.SlidingWindow(7)},
+        (j <= i) & (i - j < 7),
+    ),
+    "soft cap": ({}, CAUSAL | {"logit_soft_cap": 1.5}, j <= i),
+    "dense": ({}, {"mask": lambda: to_tensor(DENSE)}, DENSE),
+    "padding and causal": (
+        {},
+        {"mask": lambda: masks.Padding(to_tensor(VALID)) & masks.Causal()},
+        VALID[:, None, None] & (j <= i),
+    ),
+    "segments": (
+        {},
+        {"mask": lambda: masks.Segments(to_tensor(IDS[:, :T]), to_tensor(IDS))},
+        IDS_MASK,
+    ),
+    "an offset a batch row": (
+        {},
+        {"mask": lambda: masks.Causal(to_tensor(np.array([3, -4], "int32")))},
+        j <= i + np.array([3, -4]).reshape(2, 1, 1, 1),
+    ),
+    "a user's own mask": ({}, {"mask": Dilated}, (i - j) % 3 == 0),
+    "sink": ({"sink": (N,)}, {"mask": lambda: masks.Causal(-3)}, j <= i - 3),
+    "multi-query": ({"heads": (4, 1)}, CAUSAL, j <= i),
+    "odd heads": ({"heads": (3, 3)}, CAUSAL, j <= i),
+    **{
+        f"bias {shape}": ({"bias": shape}, CAUSAL, j <= i)
+        for shape in [
+            (B, N, T, S),
+            (1, N, T, 1),
+            (1, 1, 1, S),
+            (B, 1, T, S),
+            (1, N, 1, 1),
+            (B, 1, 1, 1),
+            (T, S),
+        ]
+    },
+}
+
+
+def check(case, dtype="float32", compile=lambda function: function):
+    shapes, given, booleans = case
+    arrays = {n: rounded(x, dtype) for n, x in draw_arrays(**shapes).items()}
+    cotangent = rounded(RNG.normal(size=(*arrays["query"].shape[:3], V)), dtype)
+
+    def function(*tensors):
+        options = {name: x() if callable(x) else x for name, x in given.items()}
+        return keras_mha.dot_product_attention(
+            **dict(zip(arrays, tensors, strict=True)),
+            **options,
+            implementation="blockwise",
+        )
+
+    (output,), gradients = outputs_and_gradients(
+        compile(function), list(arrays.values()), [cotangent], dtype
+    )
+    everything = arrays | {n: x for n, x in given.items() if n != "mask"}
+    everything["mask"] = booleans
+    expected, _ = oracle.dot_product_attention(**everything)
+    expected_gradients = oracle.dot_product_attention_gradients(
+        **everything, output_cotangent=cotangent
+    )
+    tolerance = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
+    for name, found in zip(arrays, gradients, strict=True):
+        size = 1 if dtype == "float32" else np.abs(found).max()
+        np.testing.assert_allclose(
+            found,
+            expected_gradients[f"d{name}"],
+            rtol=tolerance,
+            atol=tolerance * size,
+            err_msg=name,
+        )
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_many_tiles(case):
+    check(case)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["causal", "sink", f"bias {(B, N, T, S)}"])
+def test_many_tiles_in_a_half_type(case, dtype):
+    check(CASES[case], dtype)
+
+
+@pytest.mark.parametrize("xla", XLA)
+@pytest.mark.parametrize(
+    "case", ["plain", "window", "padding and causal", "sink", f"bias {(B, 1, T, S)}"]
+)
+def test_many_tiles_compiled(case, xla):
+    check(CASES[case], compile=lambda function: backend_jit(function, xla=xla))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="JAX has float64 only when told so"
+)
+def test_float64_keeps_its_precision():
+    arrays = draw_arrays()
+    found = keras_mha.dot_product_attention(
+        *(to_tensor(x, "float64") for x in arrays.values()), implementation="blockwise"
+    )
+    expected, _ = oracle.dot_product_attention(**arrays)
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-14)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("window", [None, 7])
+def test_dynamic_batch_and_lengths(window, xla):
+    import tensorflow as tf
+
+    mask = masks.Causal()
+    if window:
+        mask &= masks.SlidingWindow(window)
+    heads = ((4, 5), (2, 5), (2, 3))
+    signature = [tf.TensorSpec((None, None, *x)) for x in heads]
+
+    @tf.function(jit_compile=xla, input_signature=signature)
+    def function(*tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            output = keras_mha.dot_product_attention(*tensors, mask=mask, dropout=0.0)
+        return output, tape.gradient(output, tensors)
+
+    rng = np.random.default_rng(1)
+    for batch, queries, keys in [(2, 37, 45), (1, 16, 16), (3, 50, 20), (2, 1, 18)]:
+        sizes = [
+            (batch, length, *x)
+            for length, x in zip((queries, keys, keys), heads, strict=True)
+        ]
+        arrays = [rng.normal(size=size) for size in sizes]
+        output, gradients = function(*(to_tensor(x) for x in arrays))
+        rows, columns = np.arange(queries)[:, None], np.arange(keys)
+        booleans = columns <= rows
+        if window:
+            booleans &= rows - columns < window
+        expected, _ = oracle.dot_product_attention(*arrays, mask=booleans)
+        np.testing.assert_allclose(to_numpy(output), expected, atol=1e-5)
+        expected = oracle.dot_product_attention_gradients(
+            *arrays, mask=booleans, output_cotangent=np.ones(output.shape)
+        )
+        for gradient, theirs in zip(gradients, expected.values(), strict=False):
+            np.testing.assert_allclose(to_numpy(gradient), theirs, atol=2e-5)
+
+
+@only_tensorflow
+@pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0)])
+def test_a_dynamic_length_of_zero(queries, keys):
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((1, None, 2, 4))
+
+    @tf.function(input_signature=[spec, spec])
+    def function(query, key):
+        return keras_mha.dot_product_attention(query, key, key, sink=0.0)
+
+    output = function(tf.ones((1, queries, 2, 4)), tf.ones((1, keys, 2, 4)))
+    np.testing.assert_array_equal(to_numpy(output), np.zeros((1, queries, 2, 4)))
+
+
+# ---------------------------------------------------------------- what is not computed
+
+KEYS_31_TO_45 = (np.arange(S) < 32) | np.zeros((1, 1, T, 1), "bool")
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: masks.Prefix(32),  # says of the tiles that they are empty
+        lambda: masks.Padding(to_tensor(KEYS_31_TO_45[0, 0, :1].repeat(B, 0))),
+        lambda: to_tensor(KEYS_31_TO_45),
+    ],
+    ids=["by positions", "by padding", "by booleans"],
+)
+def test_tiles_in_which_nobody_may_attend_are_not_computed(mask):
+    arrays = draw_arrays()
+    booleans = np.broadcast_to(KEYS_31_TO_45, (B, N, T, S))
+    expected = oracle.dot_product_attention_gradients(
+        **arrays, mask=booleans, output_cotangent=np.ones((B, T, N, V))
+    )
+    for name in ("key", "value"):
+        arrays[name][:, 32:] = np.nan  # which 0 times it would hand on
+
+    def function(*tensors):
+        return keras_mha.dot_product_attention(
+            *tensors, mask=mask(), implementation="blockwise"
+        )
+
+    (output,), gradients = outputs_and_gradients(
+        function, list(arrays.values()), [np.ones((B, T, N, V))]
+    )
+    assert np.isfinite(output).all()
+    for name, found in zip(arrays, gradients, strict=True):
+        np.testing.assert_allclose(found, expected[f"d{name}"], atol=1e-5)
+
+
+@only_jax
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_memory_grows_with_the_length_and_not_with_its_square(dropout, monkeypatch):
+    import jax
+
+    monkeypatch.setattr(tiling, "TILE", 64)
+
+    def loss(x):
+        return keras_mha.dot_product_attention(
+            x, x, x, mask=masks.Causal(), dropout=dropout, seed=1
+        ).sum()
+
+    def extra_bytes(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), "float32")
+        compiled = jax.jit(jax.grad(loss)).lower(x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert extra_bytes(4096) < 2.2 * extra_bytes(2048)
+
+
+# ----------------------------------------------------------------------------- dropout
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_drops_the_weights_that_the_reference_drops(compiled):
+    arrays = list(draw_arrays().values())
+    cotangent = RNG.normal(size=(B, T, N, V))
+
+    def run(implementation):
+        def function(*tensors):
+            return keras_mha.dot_product_attention(
+                *tensors,
+                mask=masks.Causal(),
+                dropout=0.4,
+                seed=5,
+                implementation=implementation,
+            )
+
+        return outputs_and_gradients(
+            backend_jit(function) if compiled else function, arrays, [cotangent]
+        )
+
+    (output,), gradients = run("blockwise")
+    (expected,), expected_gradients = run("reference")
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    for found, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(found, theirs, atol=1e-5)
+
+
+def test_dropping_everything_gives_zeros():
+    tensors = [to_tensor(x) for x in draw_arrays().values()]
+    output = keras_mha.dot_product_attention(
+        *tensors, dropout=1.0, implementation="blockwise"
+    )
+    assert output.shape == (B, T, N, V)
+    assert (to_numpy(output) == 0).all()

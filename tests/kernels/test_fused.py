@@ -1,0 +1,173 @@
+"""The backend's own kernel: on slices of the rows, and its argument's names."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha import masks
+from keras_mha.kernels import fused
+from keras_mha.kernels.call import AttentionCall
+from tests import oracle
+from tests.helpers import (
+    backend_jit,
+    only_jax,
+    only_tensorflow,
+    only_torch,
+    outputs_and_gradients,
+    to_tensor,
+)
+
+B, T, S, N, K, H, V = 2, 77, 93, 4, 2, 8, 5
+i, j = np.arange(T)[:, None], np.arange(S)
+RNG = np.random.default_rng(0)
+VALID = RNG.uniform(size=(B, S)) < 0.6
+DENSE = RNG.uniform(size=(B, N, T, S)) < 0.3
+
+CASES = {
+    "window": (
+        lambda: masks.Causal() & masks.SlidingWindow(9),
+        (j <= i) & (i - j < 9),
+    ),
+    "padding and rows that see nothing": (
+        lambda: masks.Causal(-20) & masks.Padding(to_tensor(VALID)),
+        (j <= i - 20) & VALID[:, None, None],
+    ),
+    "dense": (lambda: masks.Dense(to_tensor(DENSE)), DENSE),
+    "prefix": (lambda: masks.Causal() | masks.Prefix(30), (j <= i) | (j < 30)),
+    "the future": (lambda: ~masks.Causal(), j > i),
+}
+
+
+@pytest.fixture
+def small_slices(monkeypatch):
+    from keras_mha.kernels import fused_torch
+
+    monkeypatch.setattr(fused_torch, "_WHOLE", 0)
+    monkeypatch.setattr(fused_torch, "_ROWS", 16)
+
+
+@only_torch
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("bias", [None, (B, 1, T, S), (1, N, 1, S)])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_slices_of_the_rows(case, bias, compiled, small_slices):
+    mask, booleans = case
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, V))
+    arrays = [RNG.normal(size=shape) for shape in shapes]
+    options = {} if bias is None else {"bias": RNG.normal(size=bias)}
+    cotangent = RNG.normal(size=(B, T, N, V))
+
+    def function(*tensors):
+        given = {name: to_tensor(x) for name, x in options.items()}
+        return keras_mha.dot_product_attention(
+            *tensors, mask=mask(), **given, implementation="fused"
+        )
+
+    if compiled:
+        function = backend_jit(function)
+    (output,), gradients = outputs_and_gradients(function, arrays, [cotangent])
+    expected, _ = oracle.dot_product_attention(*arrays, mask=booleans, **options)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    expected = oracle.dot_product_attention_gradients(
+        *arrays, mask=booleans, output_cotangent=cotangent, **options
+    )
+    for name, found in zip(("dquery", "dkey", "dvalue"), gradients, strict=True):
+        np.testing.assert_allclose(found, expected[name], atol=1e-5, err_msg=name)
+
+
+@only_torch
+def test_keys_that_no_row_of_a_slice_may_see_are_not_looked_at(small_slices):
+    arrays = [RNG.normal(size=(1, T, 2, 8)) for _ in range(3)]
+    arrays[1][:, 40:] = np.nan
+    window = masks.Causal() & masks.SlidingWindow(4)
+    output = keras_mha.dot_product_attention(
+        *(to_tensor(x) for x in arrays), mask=window, implementation="fused"
+    )
+    # Rows 32 to 47 are one slice; those before it never meet key 40.
+    assert bool((output[:, :32] == output[:, :32]).all())
+
+
+@only_torch
+def test_a_long_call_whose_bias_is_trained_goes_to_the_tiles(small_slices):
+    bias = to_tensor(np.zeros((T, S))).requires_grad_()
+    tensors = [to_tensor(RNG.normal(size=(1, n, 2, 8))) for n in (T, S, S)]
+    with pytest.raises(ValueError, match=r"'fused'.*gradient of a bias"):
+        keras_mha.dot_product_attention(*tensors, bias=bias, implementation="fused")
+    plan = keras_mha.plan_attention(*tensors, bias=bias, implementation="flash")
+    assert plan.implementation == "blockwise"
+
+
+# --------------------------------------------------------------------- JAX and cuDNN
+# No GPU is asked here: what is tested is which calls go to cuDNN's kernel, and how.
+
+
+def half(length=6, width=8, dtype="bfloat16"):
+    return keras.KerasTensor((2, length, 4, width), dtype)
+
+
+def a_call(x=None, **options):
+    x = half() if x is None else x
+    return AttentionCall(x, x, x, **options)
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    from keras_mha.kernels import fused_jax
+
+    monkeypatch.setattr(fused_jax, "_has_cudnn", lambda: True)
+
+
+@only_jax
+def test_without_a_gpu_jax_has_no_fused_kernel():
+    assert "without an NVIDIA GPU" in fused.refusal(a_call())
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (lambda: a_call(half(dtype="float32")), "float16 and bfloat16"),
+        (lambda: a_call(half(width=12)), "multiple of 8"),
+        (lambda: a_call(half(width=136)), "multiple of 8"),
+        (lambda: a_call(half(length=5)), "even lengths"),
+        (lambda: a_call(half(length=None)), "even lengths"),
+        (lambda: a_call(mask=masks.SlidingWindow(2)), "no mask but"),
+        (lambda: a_call(mask=masks.Causal(1)), "no mask but"),
+        (lambda: a_call(bias=np.zeros((1, 1, 6, 6))), "bias"),
+        (lambda: a_call(dropout=0.1), "dropout"),
+    ],
+)
+def test_what_cudnn_is_not_given(call, why, cudnn):
+    assert why in fused.refusal(call())
+
+
+@only_jax
+@pytest.mark.parametrize("mask", [None, masks.Causal()])
+def test_what_cudnn_is_given(mask, cudnn, monkeypatch):
+    import jax
+
+    received = {}
+
+    def kernel(query, key, value, **options):
+        received.update(options, tensors=(query, key, value))
+        return query
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    tensors = [to_tensor(RNG.normal(size=(2, 6, 4, 8)), "bfloat16") for _ in range(3)]
+    call = AttentionCall(*tensors, mask=mask, scale=0.25)
+    assert fused.refusal(call) is None
+    fused.attend(call)
+    assert received.pop("tensors") == tuple(tensors)
+    assert received == {
+        "scale": 0.25,
+        "is_causal": mask is not None,
+        "implementation": "cudnn",
+    }
+
+
+@only_tensorflow
+def test_tensorflow_ships_none():
+    assert fused.refusal(a_call()) == "no fused kernel on the tensorflow backend"
