@@ -6,7 +6,7 @@ from pathlib import Path
 
 import keras
 
-from keras_mha import demo, info
+from keras_mha import bench, demo, info
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
-    except (demo.MissingExtra, info.ChildProcessFailed, OSError) as error:
+    except (info.MissingExtra, info.ChildProcessFailed, OSError) as error:
         print(f"keras-mha: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -39,7 +39,23 @@ def _parser() -> argparse.ArgumentParser:
         "info", help="print versions, backends and attention's choices for bug reports"
     )
     command.set_defaults(run=_info)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="time our layer beside Keras's on this machine (under two minutes)",
+    )
+    command.add_argument(
+        "--backend",
+        type=_installed_backend,
+        action="append",
+        help=f"a backend to measure ({', '.join(info.BACKENDS)}), more than once for "
+        "several (default: every installed one)",
+    )
+    command.set_defaults(run=_bench)
 
 
 def _add_demo(commands) -> None:
@@ -108,6 +124,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(
         arguments.backend, arguments.epochs, arguments.output, arguments.seed
     )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    installed = [name for name in info.BACKENDS if info.backend_version(name)]
+    return bench.run(arguments.backend or installed)
 
 
 def _info(arguments: argparse.Namespace) -> int:

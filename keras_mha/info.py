@@ -54,7 +54,35 @@ def install_hint(extra: str) -> str:
     return f'pip install "keras-mha[{extra}]"'
 
 
-def run_under(backend: str, module: str, *arguments: str, show: bool = False) -> str:
+class MissingExtra(ImportError):
+    """A package that only some commands need is not installed."""
+
+
+def require(what: str, packages: dict[str, str], extra: str) -> None:
+    """Raises `MissingExtra` if a package that a command needs is not installed.
+
+    Args:
+        what: String, what needs them, for the message.
+        packages: Dictionary from modules to the names they are installed by.
+        extra: String, the extra that installs them all.
+    """
+    missing = [
+        package
+        for module, package in packages.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        hint = install_hint(extra)
+        raise MissingExtra(f"{what} needs {', '.join(missing)}, {hint} installs it")
+
+
+def run_under(
+    backend: str,
+    module: str,
+    *arguments: str,
+    show: bool = False,
+    one_thread: bool = True,
+) -> str:
     """Runs `python -m module` in a new process, with Keras on another backend.
 
     Args:
@@ -63,6 +91,9 @@ def run_under(backend: str, module: str, *arguments: str, show: bool = False) ->
         *arguments: Strings, the command line after the module.
         show: Boolean, whether the process writes to this one's standard output
             instead of having its own returned.
+        one_thread: Boolean, whether numeric libraries keep to one thread unless
+            `OMP_NUM_THREADS` says otherwise. On little work threads wait for one
+            another, and crawl on a busy machine.
 
     Returns:
         What the process wrote to its standard output, empty with `show=True`.
@@ -71,8 +102,7 @@ def run_under(backend: str, module: str, *arguments: str, show: bool = False) ->
         ChildProcessFailed: with what the process wrote to its standard error.
     """
     environment = {
-        # Many threads on little work wait for one another, and crawl on a busy machine.
-        "OMP_NUM_THREADS": "1",
+        **({"OMP_NUM_THREADS": "1"} if one_thread else {}),
         **os.environ,
         "KERAS_BACKEND": backend,
         # The same modules as here, from an installation or a checkout alike, and none

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_mha import _checks
@@ -61,14 +62,22 @@ class Tile(NamedTuple):
     @property
     def row_indices(self) -> Tensor:
         """The query positions, int32, shape `(rows, 1)`."""
-        return ops.reshape(ops.arange(self.rows, dtype="int32") + self.row, (-1, 1))
+        return _positions(self.row, self.rows)[:, None]
 
     @property
     def column_indices(self) -> Tensor:
         """The key positions, int32, shape `(1, columns)`."""
-        return ops.reshape(
-            ops.arange(self.columns, dtype="int32") + self.column, (1, -1)
-        )
+        return _positions(self.column, self.columns)[None, :]
+
+    @property
+    def cheap_indices(self) -> tuple[Tensor, Tensor]:
+        """Both positions, as NumPy arrays where they are few: fewer calls of the
+        backend, which take longer than comparing some numbers."""
+        if self.is_static and self.rows * self.columns <= 2**12:
+            rows = np.arange(self.row, self.row + self.rows)
+            columns = np.arange(self.column, self.column + self.columns)
+            return rows[:, None], columns[None, :]
+        return self.row_indices, self.column_indices
 
     def cut_batch(self, x: Tensor, axis: int = 0) -> Tensor:
         """Cuts the tile's row of the batch out of `x`; an axis of length 1 stays."""
@@ -81,6 +90,12 @@ class Tile(NamedTuple):
     def cut_columns(self, x: Tensor, axis: int) -> Tensor:
         """Cuts the tile's columns out of `x`; an axis of length 1 stays."""
         return x if self.whole else _cut(x, axis, self.column, self.columns)
+
+
+def _positions(start: Any, length: Any) -> Tensor:
+    if isinstance(start, int) and isinstance(length, int):
+        return ops.arange(start, start + length, dtype="int32")
+    return ops.arange(length, dtype="int32") + start
 
 
 def whole_tile(rows: Any, columns: Any) -> Tile:
@@ -199,7 +214,11 @@ class Causal(Mask):
         _check_int_or_vector(self, "offset")
 
     def block(self, tile):
-        return tile.column_indices <= tile.row_indices + _spread(self.offset, tile)
+        if not isinstance(self.offset, int):
+            rows = tile.row_indices + _spread(self.offset, tile)
+            return tile.column_indices <= rows
+        rows, columns = tile.cheap_indices
+        return columns <= (rows + self.offset if self.offset else rows)
 
     def status(self, tile):
         if not (tile.is_static and isinstance(self.offset, int)):
@@ -231,8 +250,9 @@ class SlidingWindow(Mask):
         size = _checks.positive_integer("size", self.size)
         object.__setattr__(self, "size", size)
 
-    def allowed(self, rows, columns):
-        return ops.abs(rows - columns) < self.size
+    def block(self, tile):
+        rows, columns = tile.cheap_indices
+        return abs(rows - columns) < self.size
 
     def status(self, tile):
         if not tile.is_static:

@@ -5,7 +5,6 @@ each evaluation are processes of their own (`train`, `evaluate`), which hand bac
 they found as a file.
 """
 
-import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -14,10 +13,6 @@ from keras_mha import info
 
 EPOCHS = 8
 REQUIREMENTS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
-
-
-class MissingExtra(ImportError):
-    """Something that only the demo needs is not installed."""
 
 
 def run(backend: str, epochs: int, output: Path, seed: int) -> int:
@@ -36,7 +31,7 @@ def run(backend: str, epochs: int, output: Path, seed: int) -> int:
         MissingExtra: if the demo's requirements are not installed.
         ChildProcessFailed: if the training failed.
     """
-    check_requirements()
+    info.require("the demo", REQUIREMENTS, "demo")
     from keras_mha.demo import table
 
     output.mkdir(parents=True, exist_ok=True)
@@ -51,18 +46,6 @@ def run(backend: str, epochs: int, output: Path, seed: int) -> int:
     for failure in failures:
         print(f"keras-mha: error: {failure}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def check_requirements() -> None:
-    """Raises `MissingExtra` if a package that the demo needs is not installed."""
-    missing = [
-        package
-        for module, package in REQUIREMENTS.items()
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
-        hint = info.install_hint("demo")
-        raise MissingExtra(f"the demo needs {', '.join(missing)}, {hint} installs it")
 
 
 def _evaluate(backend: str, model: Path):

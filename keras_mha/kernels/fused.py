@@ -6,7 +6,6 @@ scores, as the reference does.
 """
 
 import importlib
-from types import ModuleType
 
 import keras
 
@@ -14,13 +13,18 @@ from keras_mha._keras import Tensor
 from keras_mha.kernels.call import AttentionCall
 
 _BACKENDS = ("torch", "jax")
+_NAME = keras.backend.backend()
+_KERNEL = (
+    importlib.import_module(f"keras_mha.kernels.fused_{_NAME}")
+    if _NAME in _BACKENDS
+    else None
+)
 
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why no fused kernel can run this call, or `None` if one can."""
-    backend = keras.backend.backend()
-    if backend not in _BACKENDS:
-        return f"no fused kernel on the {backend} backend"
+    if _KERNEL is None:
+        return f"no fused kernel on the {_NAME} backend"
     if call.return_scores:
         return "the fused kernel does not return the scores"
     if call.dropout > 0:
@@ -29,7 +33,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "the fused kernel has no soft cap"
     if call.sink is not None:
         return "the fused kernel has no sink"
-    return _kernel(backend).refusal(call)
+    return _KERNEL.refusal(call)
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, None]:
@@ -38,8 +42,4 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
     Returns:
         The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
     """
-    return _kernel(keras.backend.backend()).attend(call), None
-
-
-def _kernel(backend: str) -> ModuleType:
-    return importlib.import_module(f"keras_mha.kernels.fused_{backend}")
+    return _KERNEL.attend(call), None

@@ -29,19 +29,22 @@ def refusal(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
-    value_width = call.value.shape[3]
-    width = max(call.query.shape[3], value_width)
-    # Only of one width does the kernel take them; zeros change no product.
-    query, key, value = (
-        (pad(x, (0, width - x.shape[3])) if x.shape[3] != width else x).transpose(1, 2)
-        for x in (call.query, call.key, call.value)
-    )
+    query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    width, value_width = query.shape[3], value.shape[3]
+    if width != value_width:
+        # Only of one width does the kernel take them; zeros change no product.
+        most = max(width, value_width)
+        query, key, value = (
+            pad(x, (0, most - x.shape[3])) for x in (query, key, value)
+        )
     if _is_short(call) or _one_call_does(call):
         tile = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
         output = _attend_tile(call, tile, query, key, value)
     else:
         output = _attend_slices(call, query, key, value)
-    return output.transpose(1, 2)[..., :value_width]
+    if output.shape[3] != value_width:
+        output = output[..., :value_width]
+    return output.transpose(1, 2)
 
 
 def _is_short(call: AttentionCall) -> bool:

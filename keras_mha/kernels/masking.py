@@ -46,9 +46,6 @@ def mask_block(mask: Mask, tile: Tile, batch: int | None, heads: int) -> Tensor:
             f"{type(mask).__name__} must give booleans that broadcast to {shape} "
             f"(batch, heads, rows, columns). Received: shape {tuple(block.shape)}"
         )
-    block = ops.reshape(block, (1,) * (4 - len(block.shape)) + tuple(ops.shape(block)))
-    if tile.batch is not None and block.shape[0] != 1:
-        block = tile.cut_batch(block)  # a mask of the user's own need not know of it
     return block if dtype_name(block) == "bool" else ops.cast(block, "bool")
 
 

@@ -15,13 +15,15 @@ References:
     Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
 """
 
+import math
+
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, allowed_pairs
-from keras_mha.masks import whole_tile
+from keras_mha.masks import is_plain_causal, whole_tile
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -33,7 +35,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """
     dtype = call.query.dtype
     logits = _logits(call)
-    weights = _masked_softmax(logits, allowed_pairs(call), call.sink)
+    weights = _masked_softmax(logits, allowed_pairs(call), call)
     dropped = _dropout(weights, call)
     output = ops.cast(_weighted_values(dropped, call.value), dtype)
     return output, ops.cast(weights, dtype) if call.return_scores else None
@@ -50,12 +52,14 @@ def _logits(call: AttentionCall) -> Tensor:
 
 
 def _masked_softmax(
-    logits: Tensor, allowed: Tensor | None, sink: Tensor | None
+    logits: Tensor, allowed: Tensor | None, call: AttentionCall
 ) -> Tensor:
+    # Every row sees its first key at least: nothing is left to set to zero.
+    is_plain_case = call.bias is None and is_plain_causal(call.mask)
     if allowed is not None:
-        logits = ops.where(allowed, logits, LOWEST)
-    if sink is not None:
-        sink = ops.reshape(ops.cast(sink, logits.dtype), (1, -1, 1, 1))
+        logits = ops.where(allowed, logits, -math.inf if is_plain_case else LOWEST)
+    if call.sink is not None:
+        sink = ops.reshape(ops.cast(call.sink, logits.dtype), (1, -1, 1, 1))
         column = ops.zeros_like(logits[..., :1]) + sink
         weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
         weights = weights[..., :-1]
@@ -63,7 +67,9 @@ def _masked_softmax(
         # As a tuple where there is one key: of an int, Keras would warn.
         axis = (3,) if logits.shape[-1] == 1 else -1
         weights = ops.softmax(logits, axis=axis)
-    return weights if allowed is None else ops.where(allowed, weights, 0.0)
+    if allowed is None or is_plain_case:
+        return weights
+    return ops.where(allowed, weights, 0.0)
 
 
 def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
@@ -85,7 +91,7 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     batch, rows, heads, width = ops.shape(query)
     columns, groups = ops.shape(key)[1:3]
     if groups == heads:
-        return ops.einsum("btnh,bsnh->bnts", query, key)
+        return ops.einsum("...tnh,...snh->...nts", query, key)
     query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
     logits = ops.einsum("btkgh,bskh->bkgts", query, key)
     return ops.reshape(logits, (batch, heads, rows, columns))
@@ -97,7 +103,7 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     batch, heads, rows, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
     if groups == heads:
-        return ops.einsum("bnts,bsnv->btnv", weights, value)
+        return ops.einsum("...nts,...snv->...tnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     output = ops.einsum("bkgts,bskv->btkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))

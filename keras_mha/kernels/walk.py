@@ -188,7 +188,7 @@ class Walk:
         if self.mask is not None:
             heads = self.groups * self.shared
             block = mask_block(self.mask, tile, self.static_batch, heads)
-            allowed = self._block_by_head(block, place)
+            allowed = self._block_by_head(block, tile, place)
         for pieces, indices, index in (
             (self.rows, tile.row_indices, place.i),
             (self.columns, tile.column_indices, place.j),
@@ -198,7 +198,11 @@ class Walk:
                 allowed = new if allowed is None else ops.logical_and(allowed, new)
         return allowed
 
-    def _block_by_head(self, block: Tensor, place: Place) -> Tensor:
+    def _block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:
+        new_axes = (1,) * (4 - len(block.shape))
+        block = ops.reshape(block, (*new_axes, *ops.shape(block)))
+        if tile.batch is not None and block.shape[0] != 1:
+            block = tile.cut_batch(block)  # a mask of the user's own may not know of it
         if block.shape[1] == 1:
             return block[:, None]
         batch, _, rows, columns = ops.shape(block)

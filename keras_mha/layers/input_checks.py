@@ -38,7 +38,6 @@ def check_input_shapes(
     axes: AttentionAxes, query: Shape, value: Shape, key: Shape
 ) -> None:
     """Raises unless the inputs fit together: batch axes, and key with value."""
-    received = f"Received: query of shape {query}, value of shape {value}"
     if not all(map(_checks.same, value[:-1], key[:-1])):
         raise ValueError(
             "All axes of `value` and `key` but the last must be equal. "
@@ -49,7 +48,8 @@ def check_input_shapes(
             name = "batch size" if axis == 0 else f"length of axis {axis}"
             raise ValueError(
                 f"`query` and `value` must have the same {name}"
-                f"{' (it is not an attention axis)' if axis else ''}. {received}"
+                f"{' (it is not an attention axis)' if axis else ''}. "
+                f"Received: query of shape {query}, value of shape {value}"
             )
 
 

@@ -7,7 +7,14 @@ from keras import ops
 from keras.random import SeedGenerator
 
 from keras_mha import _checks, masks
-from keras_mha._keras import Tensor, as_tensor, dtype_name, is_float, is_symbolic
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    as_tensor,
+    dtype_name,
+    is_float,
+    is_symbolic,
+)
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.ops import planner
 
@@ -270,7 +277,7 @@ def _checked_call(
 
 
 def _as_float_tensor(name: str, x: Any) -> Tensor:
-    tensor = x if is_symbolic(x) else as_tensor(x)
+    tensor = x if is_symbolic(x) or ops.is_tensor(x) else as_tensor(x)
     if tensor is None:
         raise TypeError(
             f"`{name}` must be a tensor of floating-point numbers. "
@@ -286,30 +293,38 @@ def _as_float_tensor(name: str, x: Any) -> Tensor:
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    received = ", ".join(f"{name} of shape {tuple(s)}" for name, s in shapes.items())
+    problem = _shape_problem(**shapes)
+    if problem is not None:
+        received = ", ".join(
+            f"{name} of shape {tuple(s)}" for name, s in shapes.items()
+        )
+        raise ValueError(f"{problem} Received: {received}")
 
-    def require(holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"{expected} Received: {received}")
 
-    for name, shape in shapes.items():
-        require(len(shape) == 4, f"`{name}` must have the shape (B, length, N, width).")
-    (qb, _, qn, qh), (kb, ks, kn, kh), (vb, vs, vn, _) = shapes.values()
-    require(
-        _checks.same(qb, kb) and _checks.same(qb, vb) and _checks.same(kb, vb),
-        "`query`, `key` and `value` must have the same batch size.",
-    )
-    require(_checks.same(ks, vs), "`key` and `value` must have the same length.")
-    require(kn == vn, "`key` and `value` must have the same number of heads.")
-    require(qn % kn == 0, "The heads of `query` must be a multiple of those of `key`.")
-    require(qh == kh, "`query` and `key` must have the same width (last axis).")
+def _shape_problem(query: Shape, key: Shape, value: Shape) -> str | None:
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) != 4:
+            return f"`{name}` must have the shape (B, length, N, width)."
+    (qb, _, qn, qh), (kb, ks, kn, kh), (vb, vs, vn, _) = query, key, value
+    same = _checks.same
+    if not (same(qb, kb) and same(qb, vb) and same(kb, vb)):
+        return "`query`, `key` and `value` must have the same batch size."
+    if not same(ks, vs):
+        return "`key` and `value` must have the same length."
+    if kn != vn:
+        return "`key` and `value` must have the same number of heads."
+    if qn % kn:
+        return "The heads of `query` must be a multiple of those of `key`."
+    if qh != kh:
+        return "`query` and `key` must have the same width (last axis)."
+    return None
 
 
 def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Casts tensors of different dtypes to the one they promote to."""
-    dtypes = {dtype_name(x) for x in tensors}
-    if len(dtypes) == 1:
+    if len({x.dtype for x in tensors}) == 1:
         return tensors
+    dtypes = {dtype_name(x) for x in tensors}
     dtype = keras.backend.result_type(*dtypes)
     return tuple(ops.cast(x, dtype) for x in tensors)
 

@@ -1,0 +1,73 @@
+"""What is measured, and by which names."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HEADS, WIDTH, FEATURES = 8, 64, 512
+LENGTHS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
+# Whole scores of 8 heads beyond this length do not fit beside others in memory.
+LONGEST_WITH_WHOLE_SCORES = 8192
+WINDOW, RATE, GROUPS = 512, 0.1, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Args:
+        kind: String, one of `KINDS`.
+        length: Integer, the sequence length.
+        compiler: String, `"xla"` for TensorFlow's, `"eager"` for none, else `""` for
+            what is usual: `jax.jit`, `tf.function`, PyTorch as it is.
+    """
+
+    kind: str
+    length: int
+    compiler: str = ""
+
+    @property
+    def name(self) -> str:
+        """Names the case in a file."""
+        return " ".join(filter(None, [self.kind, str(self.length), self.compiler]))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The case as JSON holds it."""
+        return asdict(self)
+
+
+KINDS = {
+    "causal": "causal",
+    "padded": "causal, last quarter padding",
+    "window": f"causal, window of {WINDOW}",
+    "dropout": f"causal, dropout={RATE}",
+    "grouped": f"causal, {GROUPS} key heads",
+    "biased": "causal, bias (T, T)",
+    "function": "causal, attention alone",
+}
+
+
+def cases(backend: str) -> list[Case]:
+    """Returns all that is timed under a backend."""
+    found = [Case("causal", length) for length in LENGTHS]
+    found.append(Case("causal", 16, "eager"))
+    found += [
+        Case(kind, length)
+        for kind in KINDS
+        for length in (1024, 4096)
+        if kind != "causal"
+    ]
+    found.append(Case("window", 8192))
+    if backend == "tensorflow":
+        found += [Case(kind, 4096, "xla") for kind in ("causal", "padded", "dropout")]
+        found += [Case("window", 8192, "xla"), Case("causal", 1024, "xla")]
+    return found
+
+
+def memory_cases(backend: str) -> list[Case]:
+    """Returns all whose memory is measured under a backend."""
+    found = [Case("causal", length) for length in LENGTHS if length >= 1024]
+    found += [Case(kind, 4096) for kind in ("dropout", "window", "padded")]
+    if backend == "tensorflow":
+        found.append(Case("causal", 4096, "xla"))
+    return found

@@ -1,0 +1,87 @@
+"""Contestants under JAX: both Keras layers, Flax's layer and JAX's function."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks.cases import FEATURES, GROUPS, HEADS, RATE, Case
+from benchmarks.contestants import common
+
+
+def makers(case: Case) -> dict:
+    """Returns a maker for each contestant of the case."""
+    if case.kind == "function":
+        found = {"keras_mha": lambda case: _function(common.our_function, case)}
+        if common.has_whole_scores(case):
+            found["jax.nn"] = lambda case: _function(_jax_nn, case)
+        return found
+    found = common.layers(case, _layer)
+    if case.kind != "biased" and not case.compiler and common.has_whole_scores(case):
+        found["flax.nnx"] = _flax
+    return found
+
+
+def _jax_nn(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def _ready(function, *arguments):
+    return lambda: jax.block_until_ready(function(*arguments))
+
+
+def _function(function, case):
+    x = jnp.asarray(common.heads(case))
+
+    def loss(*tensors):
+        return function(*tensors).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return _ready(jax.jit(function), x, x, x), _ready(gradients, x, x, x)
+
+
+def _layer(layer, call, case):
+    x = jnp.asarray(common.inputs(case))
+    weights = [variable.value for variable in layer.trainable_variables]
+    others = [variable.value for variable in layer.non_trainable_variables]
+    options = {"use_causal_mask": True}
+    if case.kind == "padded":
+        options["value_mask"] = jnp.asarray(common.valid(case))
+    if case.kind == "biased":
+        options["attention_bias"] = jnp.asarray(common.bias(case))
+
+    def forward(weights, x):
+        return layer.stateless_call(weights, others, x, x, **options)[0]
+
+    def loss(weights, x):
+        output, _ = layer.stateless_call(
+            weights, others, x, x, training=True, **options
+        )
+        return output.sum()
+
+    gradients = jax.grad(loss, argnums=(0, 1))
+    if case.compiler == "eager":
+        return _ready(lambda x: call(x, False), x), _ready(gradients, weights, x)
+    return _ready(jax.jit(forward), weights, x), _ready(jax.jit(gradients), weights, x)
+
+
+def _flax(case):
+    layer = nnx.MultiHeadAttention(
+        HEADS,
+        FEATURES,
+        num_kv_heads=GROUPS if case.kind == "grouped" else None,
+        dropout_rate=RATE if case.kind == "dropout" else 0.0,
+        broadcast_dropout=False,
+        decode=False,
+        rngs=nnx.Rngs(0),
+    )
+    x = jnp.asarray(common.inputs(case))
+    mask = jnp.asarray(common.allowed(case))[None, None]
+
+    def forward(layer, x, mask):
+        return layer(x, mask=mask, deterministic=True)
+
+    def loss(layer, x, mask):
+        return layer(x, mask=mask, deterministic=False).sum()
+
+    gradients = nnx.jit(nnx.grad(loss, argnums=(0, 1)))
+    return _ready(nnx.jit(forward), layer, x, mask), _ready(gradients, layer, x, mask)

@@ -1,0 +1,74 @@
+"""Contestants under PyTorch: both Keras layers, torch's layer and torch's function."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.cases import FEATURES, HEADS, RATE, Case
+from benchmarks.contestants import common
+
+
+def makers(case: Case) -> dict:
+    """Returns a maker for each contestant of the case."""
+    if case.kind == "function":
+        return {
+            "keras_mha": lambda case: _function(common.our_function, case),
+            "torch sdpa": lambda case: _function(_sdpa, case),
+        }
+    found = common.layers(case, _layer)
+    if case.kind != "grouped" and common.has_whole_scores(case):
+        found["torch.nn"] = _torch_nn
+    return found
+
+
+def _sdpa(query, key, value):
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = scaled_dot_product_attention(query, key, value, is_causal=True)
+    return output.transpose(1, 2)
+
+
+def _contestant(call, parameters):
+    """Makes a contestant of `call(training)` and the tensors that get gradients."""
+
+    def forward():
+        with torch.no_grad():
+            call(False)
+
+    def training():
+        for parameter in parameters:
+            parameter.grad = None
+        call(True).sum().backward()
+
+    return forward, training
+
+
+def _function(function, case):
+    x = torch.tensor(common.heads(case))
+    tensors = [x.clone().requires_grad_() for _ in range(3)]
+    return _contestant(lambda training: function(*tensors), tensors)
+
+
+def _layer(layer, call, case):
+    x = torch.tensor(common.inputs(case), requires_grad=True)
+    parameters = [x, *layer.parameters()]
+    return _contestant(lambda training: call(x, training), parameters)
+
+
+def _torch_nn(case):
+    layer = torch.nn.MultiheadAttention(
+        FEATURES,
+        HEADS,
+        dropout=RATE if case.kind == "dropout" else 0.0,
+        batch_first=True,
+    )
+    x = torch.tensor(common.inputs(case), requires_grad=True)
+    options = {"attn_mask": ~torch.tensor(common.allowed(case)), "need_weights": False}
+    options["is_causal"] = case.kind in ("causal", "dropout")
+    if case.kind == "biased":
+        bias = torch.tensor(common.bias(case))
+        options["attn_mask"] = bias.masked_fill(options["attn_mask"], -torch.inf)
+
+    def call(training):
+        layer.train(training)
+        return layer(x, x, x, **options)[0]
+
+    return _contestant(call, [x, *layer.parameters()])

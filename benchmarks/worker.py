@@ -1,0 +1,74 @@
+"""Measures under one backend, in a process of its own; prints a JSON line a result.
+
+python -m benchmarks.worker time
+python -m benchmarks.worker memory '<case as JSON>' keras_mha
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import keras
+
+from benchmarks.cases import Case, cases
+from benchmarks.contestants import contestants
+from keras_mha.bench import machine, timing
+
+SECONDS = 3.0
+# Rounds at least, by length; the longest calls are timed once, compilation included.
+LEAST = {8192: 2, 16384: 1, 32768: 1}
+NOT_WARMED_UP = 32768
+
+
+def time_all() -> None:
+    """Times every case of the backend, one after the other."""
+    backend = keras.backend.backend()
+    print(json.dumps({"machine": machine.description(backend)}), flush=True)
+    for case in cases(backend):
+        print(json.dumps({"started": case.name}), flush=True)
+        print(json.dumps(time_case(case)), flush=True)
+
+
+def time_case(case: Case) -> dict:
+    """Times all contestants of a case in interleaved rounds."""
+    found = contestants(case)
+    result = {"case": case.config, "times": {}}
+    for index, kind in enumerate(("forward", "training")):
+        times = timing.in_turns(
+            {name: pair[index] for name, pair in found.items()},
+            SECONDS,
+            least=LEAST.get(case.length, 5),
+            warm_up=case.length < NOT_WARMED_UP,
+        )
+        result["times"][kind] = {name: t._asdict() for name, t in times.items()}
+    return result
+
+
+def measure_memory(case: Case, contestant: str) -> None:
+    """Prints what one training step adds to the process's memory at its peak."""
+    ((_, training),) = contestants(case, only=contestant).values()
+    training()  # compiles, which takes memory too
+    gc.collect()
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    training()
+    added = _status("VmHWM") - before
+    result = {"case": case.config, "contestant": contestant}
+    result |= {"added_bytes": added, "process_bytes": _status("VmHWM")}
+    print(json.dumps(result), flush=True)
+
+
+def _status(name: str) -> int:
+    """Bytes, as Linux says of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {name} in /proc/self/status")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "time":
+        time_all()
+    else:
+        measure_memory(Case(**json.loads(sys.argv[2])), sys.argv[3])

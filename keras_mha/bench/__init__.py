@@ -1,0 +1,71 @@
+"""The short benchmark: our layer beside Keras's, on the user's own machine.
+
+This module only conducts. Each measurement is a process of its own (`worker`), since
+Keras fixes its backend when it is imported.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from keras_mha import info
+
+SECONDS = 1.5  # how long each pair of layers is timed, predicting and training
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Args:
+        length: Integer, the sequence length.
+        options: Dictionary, arguments of both layers.
+    """
+
+    length: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "16 tokens": Case(16),
+    "2048 tokens": Case(2048),
+    "2048 tokens, dropout=0.1": Case(2048, {"dropout": 0.1}),
+    "2048 tokens, sliding_window=256": Case(2048, {"sliding_window": 256}),
+}
+
+
+def run(backends: Sequence[str], seconds: float = SECONDS) -> int:
+    """Measures every case under each backend and prints one table.
+
+    Args:
+        backends: Sequence of strings, installed backends.
+        seconds: Float, how long to time each pair of layers.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        MissingExtra: if rich is not installed.
+        ChildProcessFailed: if a measurement failed.
+    """
+    info.require("the benchmark", {"rich": "rich"}, "bench")
+    from keras_mha.bench import table
+
+    found = {}
+    with table.progress() as progress:
+        task = progress.add_task("", total=len(backends) * len(CASES))
+        for backend in backends:
+            for name in CASES:
+                progress.update(task, description=f"{backend}: {name}")
+                output = info.run_under(
+                    backend,
+                    f"{__name__}.worker",
+                    name,
+                    str(seconds),
+                    one_thread=False,
+                )
+                found[backend, name] = json.loads(output.splitlines()[-1])
+                progress.advance(task)
+    table.show(found)
+    return 0
