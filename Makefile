@@ -18,7 +18,7 @@ $(error unknown BACKEND "$(BACKEND)": choose from $(BACKENDS), or leave it out f
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint format clean
+.PHONY: help demo benchmark test test-oldest lint format clean
 
 help:
 	@echo "make demo                  train the example and compare the three backends"
@@ -27,12 +27,16 @@ help:
 	@echo "make test ARGS='-k mask'   further arguments for pytest"
 	@echo "make test-oldest           the suite under the oldest Keras supported ($(KERAS))"
 	@echo "make test-oldest KERAS=V   the suite under another version of Keras"
+	@echo "make benchmark             measure beside the peers, write the README's figures"
 	@echo "make lint                  ruff: the rules and the format"
 	@echo "make format                ruff: apply the format and the safe fixes"
 	@echo "make clean                 remove the environments and what the tools left"
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python -m keras_mha demo
+
+benchmark: $(VENV)/benchmark.stamp
+	$(VENV)/bin/python -m benchmarks
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python scripts/run_tests.py $(BACKEND) --pytest='$(ARGS)'
@@ -62,6 +66,10 @@ $(VENV)/demo.stamp: pyproject.toml requirements/constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/benchmark.stamp: $(VENV)/demo.stamp
+	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[benchmark]"
 	@touch $@
 
 $(OLDEST)/keras-$(KERAS).stamp: pyproject.toml requirements/constraints-oldest.txt

@@ -15,13 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import draw, readme
+from benchmarks import draw, readme, results
 from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, cases, memory_cases
 from keras_mha import info
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-PICTURES = ROOT / "docs" / "benchmarks"
 
 
 def main() -> None:
@@ -35,14 +33,11 @@ def main() -> None:
     if not arguments.no_measuring:
         for backend in arguments.backend or info.BACKENDS:
             measure(backend)
-    results = {
-        backend: json.loads((RESULTS / f"{backend}.json").read_text())
-        for backend in info.BACKENDS
-        if (RESULTS / f"{backend}.json").exists()
-    }
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    draw.all_pictures(results, PICTURES)
-    readme.write(results, ROOT / "README.md")
+    kept = results.load()
+    if not kept:
+        raise SystemExit("nothing has been measured yet: leave out --no-measuring")
+    draw.all_pictures(kept, ROOT / "docs" / "benchmarks")
+    readme.write(kept, ROOT / "README.md")
 
 
 def measure(backend: str) -> None:
@@ -75,22 +70,17 @@ def measure(backend: str) -> None:
                 backend, "memory", json.dumps(case.config), contestant
             )
             progress.advance(task)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{backend}.json"
+    path = results.path(backend)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _lines(backend: str, *arguments: str) -> Iterator[dict]:
     """Yields what a worker prints, line by line, as it prints it."""
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        # Memory goes back to the system when it is freed: what is measured is in use.
-        "MALLOC_MMAP_THRESHOLD_": "1048576" if arguments[0] == "memory" else "",
-    }
-    if not environment["MALLOC_MMAP_THRESHOLD_"]:
-        del environment["MALLOC_MMAP_THRESHOLD_"]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if arguments[0] == "memory":
+        # What is freed goes back to the system at once: what is measured is in use.
+        environment["MALLOC_MMAP_THRESHOLD_"] = "1048576"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", *arguments],
         env=environment,

@@ -1,0 +1,151 @@
+"""Writes the README's figures from what was measured, between two marks."""
+
+import re
+from pathlib import Path
+
+from benchmarks.cases import HEADS, RATE, WIDTH, WINDOW, Case
+from benchmarks.draw import TITLES
+from benchmarks.results import KERAS, OURS, Results
+
+BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks`) -->"
+END = "<!-- benchmarks: end -->"
+NONE = "–"
+
+
+def write(results: list[Results], readme: Path) -> None:
+    """Puts the tables between the marks; raises if the marks are not there."""
+    text = readme.read_text()
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{readme.name} has no marks {BEGIN} ... {END}")
+    block = f"{BEGIN}\n{section(results)}\n{END}"
+    readme.write_text(pattern.sub(lambda _: block, text))
+
+
+def section(results: list[Results]) -> str:
+    """Returns all that stands between the marks."""
+    return "\n\n".join(
+        (
+            _ratios(results),
+            "![How many times faster than Keras's layer](docs/benchmarks/ratios.png)",
+            _memory(results),
+            "![Memory that a training step adds over the length]"
+            "(docs/benchmarks/memory.png)",
+            _peers(results),
+            "![Time over the length](docs/benchmarks/time.png)",
+            _machine(results),
+        )
+    )
+
+
+def _ratios(results: list[Results]) -> str:
+    cases = [
+        ("causal, 16 tokens", Case("causal", 16)),
+        ("causal, 1024 tokens", Case("causal", 1024)),
+        ("causal, 4096 tokens", Case("causal", 4096)),
+        ("the same with XLA", Case("causal", 4096, "xla")),
+        (f"dropout={RATE}, 4096 tokens", Case("dropout", 4096)),
+        ("the same with XLA", Case("dropout", 4096, "xla")),
+        (f"sliding_window={WINDOW}, 8192 tokens", Case("window", 8192)),
+        ("the same with XLA", Case("window", 8192, "xla")),
+        ("last quarter padding, 2048 tokens", Case("padded", 2048)),
+        ("2 key heads, 2048 tokens", Case("grouped", 2048)),
+    ]
+    head = ["times faster than Keras's layer"]
+    for found in results:
+        head += [f"{TITLES[found.backend]}, forward", "training"]
+    rows = []
+    for name, case in cases:
+        cells = [
+            _number(found.ratio(case, kind))
+            for found in results
+            for kind in ("forward", "training")
+        ]
+        if set(cells) != {NONE}:
+            rows.append([name, *cells])
+    return _table(head, rows)
+
+
+def _number(ratio: float | None) -> str:
+    if ratio is None:
+        return NONE
+    return f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+
+
+def _memory(results: list[Results]) -> str:
+    head = ["memory that a training step adds: ours / Keras's"]
+    head += [TITLES[found.backend] for found in results]
+    cases = [
+        (f"causal, {length} tokens", Case("causal", length))
+        for length in (4096, 8192, 16384, 32768)
+    ]
+    cases.append((f"dropout={RATE}, 4096 tokens", Case("dropout", 4096)))
+    rows = [
+        [
+            name,
+            *(
+                " / ".join(
+                    _bytes(found.added_bytes(case, who)) for who in (OURS, KERAS)
+                )
+                for found in results
+            ),
+        ]
+        for name, case in cases
+    ]
+    whole = ["whole process, causal, 32768 tokens"]
+    for found in results:
+        whole.append(_bytes(found.process_bytes(Case("causal", 32768), OURS)))
+    return _table(head, [*rows, whole])
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return NONE
+    return (
+        f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+    )
+
+
+def _peers(results: list[Results]) -> str:
+    rows = []
+    for found in results:
+        for what, case in (
+            ("layer", Case("causal", 4096)),
+            ("attention alone", Case("function", 4096)),
+        ):
+            forward, training = (found.times(case, k) for k in ("forward", "training"))
+            rows += [
+                [
+                    f"{TITLES[found.backend]}, {what}",
+                    f"`{name}`",
+                    _spread(forward[name]),
+                    _spread(training[name]),
+                ]
+                for name in forward
+            ]
+    return _table(["causal, 4096 tokens", "", "forward, ms", "training, ms"], rows)
+
+
+def _spread(times: dict[str, float]) -> str:
+    low, median, high = (1e3 * times[key] for key in ("low", "median", "high"))
+    return f"{median:.0f} ({low:.0f}–{high:.0f})"
+
+
+def _machine(results: list[Results]) -> str:
+    machine = results[0].machine
+    versions = ", ".join(
+        f"{TITLES[found.backend]} {found.machine[found.backend]}" for found in results
+    )
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB; Keras {machine['keras']}, {versions}. {HEADS} "
+        f"heads of {WIDTH}, batch of 1, float32; `jax.jit`, `tf.function`, PyTorch "
+        "eager; training is the forward pass and all gradients. Medians (and "
+        "quartiles) of interleaved rounds in one process; the machine is shared, so "
+        "ratios count and single times do not."
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -7,6 +7,8 @@ python -m benchmarks.worker memory '<case as JSON>' keras_mha
 import gc
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -15,10 +17,10 @@ from benchmarks.cases import Case, cases
 from benchmarks.contestants import contestants
 from keras_mha.bench import machine, timing
 
-SECONDS = 3.0
-# Rounds at least, by length; the longest calls are timed once, compilation included.
-LEAST = {8192: 2, 16384: 1, 32768: 1}
-NOT_WARMED_UP = 32768
+SECONDS = 1.5
+# The longest calls are timed once; they are run where their memory is measured.
+ONCE = 8192
+NOT_WARMED_UP = 32768  # the compiler's time and memory are small beside the call's
 
 
 def time_all() -> None:
@@ -38,8 +40,8 @@ def time_case(case: Case) -> dict:
         times = timing.in_turns(
             {name: pair[index] for name, pair in found.items()},
             SECONDS,
-            least=LEAST.get(case.length, 5),
-            warm_up=case.length < NOT_WARMED_UP,
+            least=1 if case.length >= ONCE else 3,
+            most=1 if case.length >= ONCE else 200,
         )
         result["times"][kind] = {name: t._asdict() for name, t in times.items()}
     return result
@@ -47,16 +49,24 @@ def time_case(case: Case) -> dict:
 
 def measure_memory(case: Case, contestant: str) -> None:
     """Prints what one training step adds to the process's memory at its peak."""
-    ((_, training),) = contestants(case, only=contestant).values()
-    training()  # compiles, which takes memory too
+    ((forward, training),) = contestants(case, only=contestant).values()
+    if case.length < NOT_WARMED_UP:
+        training()  # compiles, which takes memory too
     gc.collect()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    training()
-    added = _status("VmHWM") - before
-    result = {"case": case.config, "contestant": contestant}
-    result |= {"added_bytes": added, "process_bytes": _status("VmHWM")}
+    times = {"training": _once(training)}
+    added, whole = _status("VmHWM") - before, _status("VmHWM")
+    times["forward"] = _once(forward)
+    result = {"case": case.config, "contestant": contestant, "times": times}
+    result |= {"added_bytes": added, "process_bytes": whole}
     print(json.dumps(result), flush=True)
+
+
+def _once(function: Callable[[], object]) -> dict:
+    start = time.perf_counter()
+    function()
+    return timing.summary([time.perf_counter() - start])._asdict()
 
 
 def _status(name: str) -> int:

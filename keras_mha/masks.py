@@ -13,6 +13,7 @@ Masks compose with `&`, `|` and `~`:
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -71,8 +72,8 @@ class Tile(NamedTuple):
 
     @property
     def cheap_indices(self) -> tuple[Tensor, Tensor]:
-        """Both positions, as NumPy arrays where they are few: fewer calls of the
-        backend, which take longer than comparing some numbers."""
+        """Both positions, as NumPy arrays where they are few: comparing some numbers
+        takes less time than calling the backend for it."""
         if self.is_static and self.rows * self.columns <= 2**12:
             rows = np.arange(self.row, self.row + self.rows)
             columns = np.arange(self.column, self.column + self.columns)
@@ -115,8 +116,9 @@ def _cut(x: Tensor, axis: int, start: Any, size: Any) -> Tensor:
 class Mask:
     """Base of all masks: says for every query and key whether they may attend.
 
-    A new kind of mask implements `allowed` (from positions alone) or `block` (from
-    data it holds), and may implement `status` to let kernels skip tiles.
+    A new kind of mask implements `allowed` (from positions alone; `Where` makes one of
+    a function) or `block` (from data it holds), and may implement `status` to let
+    kernels skip tiles.
 
     Example:
 
@@ -397,6 +399,36 @@ class Dense(Mask):
 
     def check(self, scores_shape):
         check_dense_shape("mask", tuple(self.values.shape), scores_shape)
+
+
+@_serializable
+@_mask
+class Where(Mask):
+    """Query `i` sees the keys `j` for which a function says so.
+
+    Args:
+        function: Takes the query positions, int32 of shape `(rows, 1)`, and the key
+            positions, `(1, columns)`; returns booleans that broadcast to both. To be
+            saved, it must be registered with
+            `keras.saving.register_keras_serializable()`.
+
+    Example:
+
+    >>> dilated = keras_mha.masks.Where(lambda i, j: (i - j) % 2 == 0)
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __post_init__(self):
+        if not callable(self.function):
+            raise TypeError(
+                "`function` of Where must be a function of query and key positions. "
+                f"Received: function={self.function!r} "
+                f"(of type {type(self.function).__name__})"
+            )
+
+    def allowed(self, rows, columns):
+        return self.function(rows, columns)
 
 
 @_serializable

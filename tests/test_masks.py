@@ -40,11 +40,16 @@ def by_definition(allowed, rows=T, columns=S):
         (masks.Causal() | masks.Prefix(3), lambda i, j: j <= i or j < 3),
         (~masks.Causal(), lambda i, j: j > i),
         (~(masks.Causal() & ~masks.Prefix(2)), lambda i, j: j > i or j < 2),
+        (masks.Where(lambda i, j: (i - j) % 3 == 0), lambda i, j: (i - j) % 3 == 0),
     ],
     ids=lambda value: str(value) if isinstance(value, masks.Mask) else "",
 )
-def test_position_masks_allow_what_their_definition_says(mask, allowed):
-    np.testing.assert_array_equal(whole(mask)[0, 0], by_definition(allowed))
+@pytest.mark.parametrize(("rows", "columns"), [(T, S), (70, 80)])
+def test_position_masks_allow_what_their_definition_says(mask, allowed, rows, columns):
+    np.testing.assert_array_equal(
+        whole(mask, rows=rows, columns=columns)[0, 0],
+        by_definition(allowed, rows, columns),
+    )
 
 
 def test_offsets_and_prefixes_may_differ_from_row_to_row_of_the_batch():
@@ -215,6 +220,11 @@ def test_a_mask_of_ones_own_needs_one_method():
 # ---------------------------------------------------------------------- saving
 
 
+@keras.saving.register_keras_serializable(package="tests")
+def every_second(rows, columns):
+    return (rows + columns) % 2 == 0
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -227,6 +237,7 @@ def test_a_mask_of_ones_own_needs_one_method():
         ),
         masks.Dense(np.random.default_rng(0).random((T, S)) < 0.5),
         masks.Causal(np.array([2])),
+        masks.Where(every_second),
     ],
     ids=lambda mask: type(mask).__name__,
 )
@@ -248,3 +259,51 @@ def test_a_mask_that_cannot_be_saved_says_what_it_lacks():
 def test_masks_are_values_that_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         masks.Causal().offset = 1
+
+
+# -------------------------------------------------- tensors taken out and put back
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        None,
+        masks.Causal(3),
+        masks.Padding(np.array([[True] * 5 + [False] * 4])) & ~masks.SlidingWindow(2),
+        masks.Causal(np.array([2])) | masks.Dense(np.eye(T, S) > 0),
+        masks.Where(every_second),
+    ],
+    ids=lambda mask: type(mask).__name__,
+)
+def test_a_mask_is_the_same_once_its_tensors_are_put_back(mask):
+    parts, tensors = masks.split_tensors(mask)
+    joined = masks.join_tensors(parts, tensors)
+    assert type(joined) is type(mask)
+    if mask is not None:
+        np.testing.assert_array_equal(whole(joined), whole(mask))
+
+
+def test_masks_that_differ_in_their_tensors_only_are_alike_without_them():
+    def parts(size, *values):
+        mask = masks.SlidingWindow(size) & masks.Padding(np.array([values]))
+        return masks.split_tensors(mask)[0]
+
+    assert parts(3, True, False) == parts(3, False, False)
+    assert hash(parts(3, True, False)) == hash(parts(3, False, False))
+    assert parts(3, True) != parts(4, True)
+    assert masks.split_tensors(masks.Causal(1))[0] != masks.split_tensors(None)[0]
+    assert (
+        masks.split_tensors(masks.Causal(1))[0]
+        != masks.split_tensors(masks.Prefix(1))[0]
+    )
+
+
+def test_a_mask_of_ones_own_is_alike_to_itself_only():
+    class Own(masks.Mask):
+        def __init__(self, numbers):
+            self.numbers = numbers  # a list cannot be hashed, and need not
+
+    own = Own([1])
+    assert masks.split_tensors(own)[0] == masks.split_tensors(own)[0]
+    assert masks.split_tensors(own)[0] != masks.split_tensors(Own([1]))[0]
+    assert masks.join_tensors(*masks.split_tensors(own)) is own

@@ -449,6 +449,12 @@ FUNCTION = [
 
 MASKS = [
     ("window 0", lambda: masks.SlidingWindow(0), ValueError, "size.*at least 1.*0"),
+    (
+        "where text",
+        lambda: masks.Where("i > j"),
+        TypeError,
+        "function. of Where.*i > j",
+    ),
     ("window float", lambda: masks.SlidingWindow(1.5), TypeError, "size.*1.5"),
     ("offset text", lambda: masks.Causal("left"), TypeError, "offset.*'left'"),
     ("offset floats", lambda: masks.Causal(floats(2)), TypeError, "offset.*float32"),

@@ -39,7 +39,7 @@ def allowed_pairs(call: AttentionCall, tile: Tile | None = None) -> Tensor | Non
 
 def mask_block(mask: Mask, tile: Tile, batch: int | None, heads: int) -> Tensor:
     """Returns the mask's booleans for a tile, and raises if a user's mask errs."""
-    block = mask.block(tile)
+    block = ops.convert_to_tensor(mask.block(tile))
     shape = (batch, heads, *(_known(n) for n in (tile.rows, tile.columns)))
     if not _checks.broadcasts_to(tuple(block.shape), shape):
         raise ValueError(

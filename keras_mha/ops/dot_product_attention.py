@@ -15,6 +15,7 @@ from keras_mha._keras import (
     is_float,
     is_symbolic,
 )
+from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.ops import planner
 
@@ -217,6 +218,7 @@ class DotProductAttention(keras.Operation):
         return cls(**{**config, "seed": seed})
 
 
+@backends.current().as_written
 def _attend(query, key, value, *, implementation, **arguments):
     call = _checked_call(query, key, value, **arguments)
     output, scores = planner.plan(call, implementation).kernel(call)

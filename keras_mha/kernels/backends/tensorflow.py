@@ -13,6 +13,11 @@ HEADS_PER_TILE = 4
 FEW_SCORES = 1024**2
 
 
+def as_written(function: Callable) -> Callable:
+    """Returns the function, which no compiler is to translate from its source."""
+    return tf.autograph.experimental.do_not_convert(function)
+
+
 def loop(count: Any, body: Callable, carry: tuple) -> tuple:
     """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
     if tf.executing_eagerly() or (isinstance(count, int) and count <= 1):
