@@ -46,7 +46,7 @@ def measure(backend: str) -> None:
         (case, contestant)
         for case in memory_cases(backend)
         for contestant in ("keras_mha", "keras")
-        if contestant == "keras_mha" or case.length <= LONGEST_WITH_WHOLE_SCORES
+        if contestant == "keras_mha" or case.length < LONGEST_WITH_WHOLE_SCORES
     ]
     found: dict = {"machine": {}, "times": [], "memory": []}
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
@@ -61,6 +61,7 @@ def measure(backend: str) -> None:
                 found["machine"] = line["machine"]
             else:
                 found["times"].append(line)
+                _keep(backend, found)
                 progress.advance(task)
         for case, contestant in memory:
             progress.update(
@@ -69,7 +70,11 @@ def measure(backend: str) -> None:
             found["memory"] += _lines(
                 backend, "memory", json.dumps(case.config), contestant
             )
+            _keep(backend, found)
             progress.advance(task)
+
+
+def _keep(backend: str, found: dict) -> None:
     path = results.path(backend)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -75,7 +75,7 @@ def memory(results: list[Results]) -> plt.Figure:
         axis.set_title(TITLES[found.backend])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-        _tokens(axis, 2048, step=2)
+        _tokens(axis, 4096, step=2)
     axes[0, 0].set_ylabel("GiB added by a training step")
     return figure
 

@@ -45,9 +45,7 @@ def _ratios(results: list[Results]) -> str:
         ("causal, 4096 tokens", Case("causal", 4096)),
         ("the same with XLA", Case("causal", 4096, "xla")),
         (f"dropout={RATE}, 4096 tokens", Case("dropout", 4096)),
-        ("the same with XLA", Case("dropout", 4096, "xla")),
         (f"sliding_window={WINDOW}, 8192 tokens", Case("window", 8192)),
-        ("the same with XLA", Case("window", 8192, "xla")),
         ("last quarter padding, 2048 tokens", Case("padded", 2048)),
         ("2 key heads, 2048 tokens", Case("grouped", 2048)),
     ]

@@ -18,8 +18,7 @@ from benchmarks.contestants import contestants
 from keras_mha.bench import machine, timing
 
 SECONDS = 1.5
-# The longest calls are timed once; they are run where their memory is measured.
-ONCE = 8192
+ONCE = 8192  # from here on calls are timed once, compilation included
 NOT_WARMED_UP = 32768  # the compiler's time and memory are small beside the call's
 
 
@@ -42,6 +41,7 @@ def time_case(case: Case) -> dict:
             SECONDS,
             least=1 if case.length >= ONCE else 3,
             most=1 if case.length >= ONCE else 200,
+            warm_up=case.length < ONCE,
         )
         result["times"][kind] = {name: t._asdict() for name, t in times.items()}
     return result

@@ -96,7 +96,7 @@ class Tile(NamedTuple):
 def _positions(start: Any, length: Any) -> Tensor:
     if isinstance(start, int) and isinstance(length, int):
         return ops.arange(start, start + length, dtype="int32")
-    return ops.arange(length, dtype="int32") + start
+    return ops.arange(length, dtype="int32") + ops.cast(start, "int32")
 
 
 def whole_tile(rows: Any, columns: Any) -> Tile:
@@ -220,7 +220,7 @@ class Causal(Mask):
             rows = tile.row_indices + _spread(self.offset, tile)
             return tile.column_indices <= rows
         rows, columns = tile.cheap_indices
-        return columns <= (rows + self.offset if self.offset else rows)
+        return ops.convert_to_tensor(columns <= rows + self.offset)
 
     def status(self, tile):
         if not (tile.is_static and isinstance(self.offset, int)):
@@ -254,7 +254,7 @@ class SlidingWindow(Mask):
 
     def block(self, tile):
         rows, columns = tile.cheap_indices
-        return abs(rows - columns) < self.size
+        return ops.convert_to_tensor(abs(rows - columns) < self.size)
 
     def status(self, tile):
         if not tile.is_static:
@@ -521,76 +521,6 @@ def check_dense_shape(name: str, shape: Shape, scores_shape: Shape) -> None:
             f"broadcast to the scores, (B, N, T, S) = {tuple(scores_shape)}. "
             f"Received: {name} of shape {tuple(shape)}"
         )
-
-
-def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
-    """Takes a mask apart into what can be compared and hashed, and its tensors.
-
-    Returns:
-        What `join_tensors` makes the mask of again, given the tensors or others.
-        Masks that differ in nothing but their tensors have equal ones. A mask that is
-        no dataclass is kept whole and is equal to itself only.
-    """
-    tensors: list[Tensor] = []
-
-    def split(value):
-        if isinstance(value, Mask) and dataclasses.is_dataclass(value):
-            names = [field.name for field in dataclasses.fields(value)]
-            return _Fields(
-                type(value),
-                tuple((name, split(getattr(value, name))) for name in names),
-            )
-        if hasattr(value, "shape") and hasattr(value, "dtype"):
-            tensors.append(value)
-            return _Fields(None, ())
-        return _Whole(value)
-
-    return split(mask), tuple(tensors)
-
-
-def join_tensors(parts: Any, tensors: tuple[Tensor, ...]) -> Mask | None:
-    """The way back from `split_tensors`."""
-    rest = iter(tensors)
-
-    def join(part):
-        if isinstance(part, _Whole):
-            return part.value
-        if part.kind is None:
-            return next(rest)
-        mask = object.__new__(part.kind)
-        for name, field in part.fields:
-            object.__setattr__(mask, name, join(field))
-        return mask
-
-    return join(parts)
-
-
-class _Fields(NamedTuple):
-    """A mask's type and fields; no type stands for a tensor."""
-
-    kind: type | None
-    fields: tuple
-
-
-class _Whole:
-    """A value that is compared by itself if it can be hashed, else by identity."""
-
-    def __init__(self, value: Any):
-        self.value = value
-        try:
-            self._hash, self._key = hash((type(value), value)), (type(value), value)
-        except TypeError:
-            self._hash, self._key = id(value), None
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Whole):
-            return NotImplemented
-        if self._key is None or other._key is None:
-            return self.value is other.value
-        return self._key == other._key
 
 
 def intersect(*masks: Mask | None) -> Mask | None:

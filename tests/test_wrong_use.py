@@ -414,6 +414,12 @@ FUNCTION = [
     ("sink as text", attend(sink="zero"), TypeError, "sink.*'zero'"),
     ("dropout 1.5", attend(dropout=1.5), ValueError, "dropout.*0 to 1.*1.5"),
     ("seed as text", attend(dropout=0.1, seed="s"), TypeError, "seed.*'s'"),
+    (
+        "seed below 0",
+        attend(dropout=0.1, seed=-1),
+        ValueError,
+        r"seed.*from 0 to 2\*\*32 - 1.*-1",
+    ),
     ("return_scores text", attend(return_scores="y"), TypeError, "return_scores.*'y'"),
     (
         "unknown implementation",

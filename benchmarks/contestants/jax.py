@@ -15,7 +15,7 @@ def makers(case: Case) -> dict:
             found["jax.nn"] = lambda case: _function(_jax_nn, case)
         return found
     found = common.layers(case, _layer)
-    # Beyond 4096 one of those that hold all scores will do: they take minutes.
+    # Of those that hold all scores, one will do where they take minutes.
     if case.kind != "biased" and not case.compiler and case.length <= 4096:
         found["flax.nnx"] = _flax
     return found

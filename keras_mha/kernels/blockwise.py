@@ -15,7 +15,8 @@ one number a row, `lse = top + log(total)`, which brings the weights of any tile
 
 Tiles that the mask empties are not computed: those of which it says so beforehand
 (`Mask.status`), and those of which its booleans turn out to be all `False`. Half types
-are cast tile by tile; everything is computed in float32 (or float64).
+are cast tile by tile; everything is computed in float32 (or float64). There are first
+derivatives only: those of second order are the reference's.
 
 References:
     Rabe and Staats, 2021, Self-attention does not need O(n^2) memory:
@@ -36,8 +37,8 @@ from keras_mha._keras import Tensor, at_least_float32, dtype_name
 from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST
+from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.walk import Place, Walk
-from keras_mha.masks import join_tensors, split_tensors
 
 # The largest logit of a row that has none yet: a little above what masks, so that the
 # exponential of what is masked is 0 against it.
@@ -56,9 +57,6 @@ class Problem:
         differentiable: Names of the tensors that have gradients.
         groups_at_once: As in `Walk`.
         tile: As in `Walk`.
-
-    Where the lengths become known only when the program runs and turn out to be short,
-    all scores are one tile.
     """
 
     scale: float
@@ -74,9 +72,11 @@ def refusal(call: AttentionCall) -> str | None:
     """Returns why tiles cannot run this call, or `None` if they can."""
     if call.return_scores:
         return "only the reference can return the scores"
-    lengths = call.scores_shape[2:]
-    if 0 in lengths:
+    if call.dropout == 1:
+        return "dropout=1 leaves nothing to be computed in tiles"
+    if 0 in call.scores_shape:
         return "there are no scores"
+    lengths = call.scores_shape[2:]
     is_length = backends.current().is_length
     if not all(length is None or is_length(length) for length in lengths):
         return "tiles need lengths that are numbers, which an exported program has not"
@@ -91,8 +91,6 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
     """
     batch, rows, heads, _ = ops.shape(call.query)
     shape = (batch, rows, heads, call.value.shape[3])
-    if call.dropout == 1:
-        return ops.zeros(shape, dtype_name(call.query)), None
     problem, tensors = _prepared(call)
     output = backends.current().with_gradient(forward, backward, problem, tensors)
     output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
@@ -151,8 +149,9 @@ def _by_length(
     if isinstance(rows, int) and isinstance(columns, int):
         return function(problem, tensors, *others)
     whole = replace(problem, groups_at_once=None, tile=None)
+    most_rows = (backend.FEW_SCORES - 1) // ops.maximum(columns, 1)
     return backend.either(
-        rows * columns < backend.FEW_SCORES,
+        rows <= most_rows,  # rows * columns might not fit into 32 bits
         lambda: function(whole, tensors, *others),
         lambda: function(problem, tensors, *others),
     )
@@ -211,21 +210,13 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
         new = walk.backend.to_rows(scores.dropped(place)(weights), value)
         return new_top, total, sums * shrink[:, None] + new
 
-    def visit_tile(place, masked, state):
-        if not masked:
-            return step(place, None, state)
-        allowed = walk.allowed(place)
-        return walk.backend.either(
-            ops.any(allowed), lambda: step(place, allowed, state), lambda: state
-        )
-
     shape = (walk.folded, walk.all_rows)
     state = (
         ops.full(shape, _NO_LOGIT, dtype=walk.dtype),
         ops.zeros(shape, dtype=walk.dtype),
         ops.zeros((shape[0], tensors["value"].shape[2], shape[1]), dtype=walk.dtype),
     )
-    top, total, sums = walk.for_each_tile(row, visit_tile, state)
+    top, total, sums = walk.for_each_tile(row, step, state)
     if "sink" in tensors:
         sink = walk.cut_heads(tensors["sink"], row)
         new_top = _larger(top, sink)
@@ -263,12 +254,13 @@ def backward(
 
 
 def _backward(problem, tensors, output, lse, d_output):
-    scores = _Scores(problem, tensors)
-    walk, dtype = scores.walk, scores.walk.dtype
+    dtype = dtype_name(at_least_float32(tensors["query"][:0]))
     d_output = ops.cast(d_output, dtype)
     # What the softmax takes from every logit's gradient, one number a row.
     share = ops.sum(d_output * ops.cast(output, dtype), axis=2, keepdims=True)
-    scores.tensors |= {"lse": lse, "d_output": d_output, "share": share}
+    tensors = tensors | {"lse": lse, "d_output": d_output, "share": share}
+    scores = _Scores(problem, tensors)
+    walk = scores.walk
 
     def visit_row(row, results):
         d_queries, *others = results
@@ -336,15 +328,8 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
             new += (walk.add_scores(sums[3], place, *d_bias, tensors["bias"]),)
         return new
 
-    def visit_tile(place, masked, sums):
-        if not masked:
-            return add(place, sums, step(place, None))
-        allowed = walk.allowed(place)
-        return walk.backend.either(
-            ops.any(allowed),
-            lambda: add(place, sums, step(place, allowed)),
-            lambda: sums,
-        )
+    def visit_tile(place, allowed, sums):
+        return add(place, sums, step(place, allowed))
 
     return walk.for_each_tile(row, visit_tile, (ops.zeros_like(query), *results))
 
@@ -353,7 +338,7 @@ class _Scores:
     """The tiles of the score matrix, as forward and backward pass both need them."""
 
     def __init__(self, problem: Problem, tensors: dict[str, Any]):
-        self.problem, self.tensors = problem, dict(tensors)
+        self.problem, self.tensors = problem, tensors
         mask = join_tensors(problem.mask, tensors["mask"])
         query, key = tensors["query"], tensors["key"]
         self.walk = Walk(query, key, mask, problem.groups_at_once, problem.tile)
@@ -374,7 +359,7 @@ class _Scores:
         logits = walk.by_head(logits)
         if "bias" in self.tensors:
             bias = walk.cut_scores(self.tensors["bias"], place)
-            logits = logits + at_least_float32(bias)
+            logits = logits + ops.cast(bias, walk.dtype)
         if allowed is not None:
             # Added, not chosen by: the small tile is made once for all heads.
             logits = logits + ops.where(

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from keras_mha._keras import Tensor
+from keras_mha.kernels.backends.torch import first_order_only
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import allowed_pairs
 from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
@@ -48,6 +49,10 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 def _is_short(call: AttentionCall) -> bool:
+    if torch.compiler.is_exporting():
+        return (
+            True  # there are no slices in an exported program, nor lengths to compare
+        )
     rows = call.query.shape[1]
     return rows is not None and rows <= _WHOLE
 
@@ -93,6 +98,8 @@ def _torch_mask(call, tile):
     if call.bias is None:
         return allowed | ~seen, seen
     dtype = call.query.dtype
+    if call.query.device.type == "cpu":  # other devices want the query's own dtype
+        dtype = torch.promote_types(dtype, torch.float32)
     bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
     # Finite, since a float32 bias may be out of the range of float16.
     bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
@@ -122,8 +129,8 @@ class _Slices(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient):
+        first_order_only()
         inputs = ctx.saved_tensors
         # Of half types the slices' parts are added up in float32.
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)

@@ -75,9 +75,10 @@ class Walk:
         self.chunk_batch = 1 if self.one_batch_row else self.batch
         self.chunk_groups = groups_at_once or self.groups
         self.group_chunks = self.groups // self.chunk_groups
-        self.batch_chunks = self.batch // self.chunk_batch
+        self.batch_chunks = self.batch if self.one_batch_row else 1
         self.chunks = self.batch_chunks * self.group_chunks
         self.folded = self.chunk_batch * self.chunk_groups
+        # Heads that share a key stand side by side in a tile, with fewer rows each.
         self.rows = cut_in_pieces(
             rows, None if tile is None else max(tile // self.shared, tile // 4)
         )
@@ -103,12 +104,17 @@ class Walk:
         return self.backend.loop(self.chunks, visit_chunk, carry)
 
     def for_each_tile(self, row: Place, body: Callable, carry: tuple) -> tuple:
-        """Runs `carry = body(place, masked, carry)` for the live tiles of these rows,
-        where `masked` says whether some pairs of the tile may not attend."""
+        """Runs `carry = body(place, allowed, carry)` for the live tiles of these rows,
+        where `allowed` are booleans, shaped for `by_head`, or `None` for all pairs."""
 
         def visit(j, masked, carry):
             place = row._replace(j=j, column=self.columns.start(j))
-            return body(place, masked, carry)
+            if not masked:
+                return body(place, None, carry)
+            allowed = self.allowed(place)
+            return self.backend.either(
+                ops.any(allowed), lambda: body(place, allowed, carry), lambda: carry
+            )
 
         plan = self.schedule
         if plan is None:  # lengths are not known yet: look at every tile
@@ -152,7 +158,7 @@ class Walk:
         """`(K, G)`, a number a head, `-> (heads, G * rows)`."""
         x = ops.slice(x, (place.group, 0), (self.chunk_groups, self.shared))
         shape = (self.chunk_batch, self.chunk_groups, self.shared, self.rows.size)
-        x = ops.broadcast_to(at_least_float32(x)[None, :, :, None], shape)
+        x = ops.broadcast_to(ops.cast(x, self.dtype)[None, :, :, None], shape)
         return ops.reshape(x, (self.folded, self.all_rows))
 
     def cut_scores(self, x: Tensor, place: Place) -> Tensor:
@@ -222,7 +228,8 @@ class Walk:
                 (self.shared, 0, (1, 1, -1, 1, 1)),
             )
         )
-        return (batch * self.groups + group) * self.shared + shared
+        index = (batch * self.groups + group) * self.shared + shared
+        return ops.cast(index, "int32")
 
     # ------------------------------------------------------------------ results
 

@@ -218,7 +218,7 @@ class DotProductAttention(keras.Operation):
         return cls(**{**config, "seed": seed})
 
 
-@backends.current().as_written
+@backends.as_written
 def _attend(query, key, value, *, implementation, **arguments):
     call = _checked_call(query, key, value, **arguments)
     output, scores = planner.plan(call, implementation).kernel(call)
@@ -363,5 +363,7 @@ def _as_sink(sink: Any, heads: int) -> Tensor:
 
 
 def _check_seed(seed: Any) -> None:
-    if seed is not None and not isinstance(seed, SeedGenerator):
-        _checks.integer("seed", seed)
+    if seed is None or isinstance(seed, SeedGenerator):
+        return
+    if not 0 <= _checks.integer("seed", seed) < 2**32:
+        raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Received: seed={seed}")

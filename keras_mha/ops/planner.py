@@ -35,7 +35,8 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
     """Chooses the implementation for a call of attention.
 
     Args:
-        call: The call. Only the shapes and dtypes of its tensors are looked at.
+        call: The call. Of its tensors not the numbers are looked at, only what is known
+            of them: shape, dtype, device, whether they want a gradient.
         implementation: `"auto"` to take the best one that can run the call, `"flash"`
             for the best one that never holds all scores, or the name of the one to
             take.

@@ -225,21 +225,21 @@ def test_a_dynamic_length_of_zero(queries, keys):
 
 # ---------------------------------------------------------------- what is not computed
 
-KEYS_31_TO_45 = (np.arange(S) < 32) | np.zeros((1, 1, T, 1), "bool")
+FIRST_32_KEYS = (np.arange(S) < 32) | np.zeros((1, 1, T, 1), "bool")
 
 
 @pytest.mark.parametrize(
     "mask",
     [
         lambda: masks.Prefix(32),  # says of the tiles that they are empty
-        lambda: masks.Padding(to_tensor(KEYS_31_TO_45[0, 0, :1].repeat(B, 0))),
-        lambda: to_tensor(KEYS_31_TO_45),
+        lambda: masks.Padding(to_tensor(FIRST_32_KEYS[0, 0, :1].repeat(B, 0))),
+        lambda: to_tensor(FIRST_32_KEYS),
     ],
     ids=["by positions", "by padding", "by booleans"],
 )
 def test_tiles_in_which_nobody_may_attend_are_not_computed(mask):
     arrays = draw_arrays()
-    booleans = np.broadcast_to(KEYS_31_TO_45, (B, N, T, S))
+    booleans = np.broadcast_to(FIRST_32_KEYS, (B, N, T, S))
     expected = oracle.dot_product_attention_gradients(
         **arrays, mask=booleans, output_cotangent=np.ones((B, T, N, V))
     )
@@ -279,6 +279,47 @@ def test_memory_grows_with_the_length_and_not_with_its_square(dropout, monkeypat
     assert extra_bytes(4096) < 2.2 * extra_bytes(2048)
 
 
+class SameId(masks.Mask):
+    """A user's own mask of data."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def block(self, tile):
+        rows, columns = tile.cut_rows(self.ids, 0), tile.cut_columns(self.ids, 0)
+        return rows[:, None] == columns[None, :]
+
+
+@only_jax
+@pytest.mark.parametrize("wrap", ["grad", "remat", "scan"])
+def test_masks_of_traced_data_go_through_the_transformations_of_jax(wrap):
+    import jax
+
+    def attend(x, ids, implementation):
+        return keras_mha.dot_product_attention(
+            x, x, x, mask=SameId(ids), implementation=implementation
+        )
+
+    def loss(x, ids, implementation):
+        def run(x, ids):
+            return attend(x, ids, implementation)
+
+        if wrap == "remat":
+            run = jax.checkpoint(run)
+        if wrap == "scan":
+            stacked = jax.numpy.stack([ids, ids[::-1]])
+            x, _ = jax.lax.scan(lambda x, ids: (run(x, ids), None), x, stacked)
+            return x.sum()
+        return run(x, ids).sum()
+
+    x, ids = to_tensor(RNG.normal(size=(1, 40, 2, 4))), to_tensor(np.arange(40) // 7)
+    found, expected = (
+        jax.jit(jax.grad(lambda x, ids, name=name: loss(x, ids, name)))(x, ids)
+        for name in ("blockwise", "reference")
+    )
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-5)
+
+
 # ----------------------------------------------------------------------------- dropout
 
 
@@ -306,12 +347,3 @@ def test_dropout_drops_the_weights_that_the_reference_drops(compiled):
     np.testing.assert_allclose(output, expected, atol=1e-5)
     for found, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(found, theirs, atol=1e-5)
-
-
-def test_dropping_everything_gives_zeros():
-    tensors = [to_tensor(x) for x in draw_arrays().values()]
-    output = keras_mha.dot_product_attention(
-        *tensors, dropout=1.0, implementation="blockwise"
-    )
-    assert output.shape == (B, T, N, V)
-    assert (to_numpy(output) == 0).all()

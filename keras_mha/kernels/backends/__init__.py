@@ -6,6 +6,7 @@ and a gradient of one's own.
 """
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import keras
@@ -14,6 +15,11 @@ _NAMES = ("jax", "tensorflow", "torch")
 _NAME = keras.backend.backend()
 # Looked up once: TensorFlow's AutoGraph would follow an import inside of a function.
 _CURRENT = importlib.import_module(f"{__name__}.{_NAME}") if _NAME in _NAMES else None
+
+
+def as_written(function: Callable) -> Callable:
+    """Returns the function, which no compiler is to translate from its source."""
+    return function if _CURRENT is None else _CURRENT.as_written(function)
 
 
 def current() -> ModuleType:

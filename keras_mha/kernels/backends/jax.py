@@ -35,7 +35,7 @@ def either(condition: Any, yes: Callable, no: Callable) -> Any:
 
 def table(numbers: Any) -> Any:
     """Returns an array of integers that a loop's index may index."""
-    return jnp.asarray(numbers)
+    return jnp.asarray(numbers).astype(int)  # as wide as the loops' indices
 
 
 def new_tiles(count: int, shape: tuple, dtype: str, like: Any) -> Any:

@@ -124,9 +124,15 @@ def with_gradient(
     """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
     names = [name for name in problem.differentiable if name in tensors]
 
+    def run(*inputs):
+        return forward(problem, tensors | dict(zip(names, inputs, strict=True)))
+
     @tf.custom_gradient
     def attention(*inputs):
-        output, lse = forward(problem, tensors | dict(zip(names, inputs, strict=True)))
+        # Eagerly a gradient tape would keep every tile: only this stops its recording.
+        # The gradient that comes with it is never asked for.
+        once = tf.recompute_grad(run) if tf.executing_eagerly() else run
+        output, lse = once(*inputs)
 
         def gradient(output_gradient):
             found = backward(problem, tensors, output, lse, output_gradient)

@@ -1,5 +1,6 @@
 """Loops, tiles and gradients on PyTorch: loops are Python's, tiles are lists."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -141,10 +142,23 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, output_gradient):
+        first_order_only()
         backward, problem, tensors, names = ctx.rest
         *inputs, output, lse = ctx.saved_tensors
         tensors = tensors | dict(zip(names, inputs, strict=True))
+        needed = zip(names, ctx.needs_input_grad[5:], strict=True)
+        needed = tuple(name for name, is_needed in needed if is_needed)
+        problem = dataclasses.replace(problem, differentiable=needed)
         found = backward(problem, tensors, output, lse, output_gradient)
-        return (None,) * 5 + tuple(found[name] for name in names)
+        return (None,) * 5 + tuple(found.get(name) for name in names)
+
+
+def first_order_only() -> None:
+    """Raises in a backward pass whose result is to be differentiated again."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "attention in linear memory has first derivatives only. For those of "
+            "second order (create_graph=True) take implementation='reference' "
+            "(flash_attention=False)."
+        )
