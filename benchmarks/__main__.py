@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks import draw, readme, results
-from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, cases, memory_cases
+from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, Case, cases, memory_cases
 from keras_mha import info
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,10 +29,16 @@ def main() -> None:
     parser.add_argument(
         "--no-measuring", action="store_true", help="draw and write again what is kept"
     )
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        help="time this case only, such as 'window 8192', and keep the others",
+    )
     arguments = parser.parse_args()
     if not arguments.no_measuring:
         for backend in arguments.backend or info.BACKENDS:
-            measure(backend)
+            measure(backend, arguments.case)
     kept = results.load()
     if not kept:
         raise SystemExit("nothing has been measured yet: leave out --no-measuring")
@@ -40,27 +46,32 @@ def main() -> None:
     readme.write(kept, ROOT / "README.md")
 
 
-def measure(backend: str) -> None:
-    """Measures times and memory under a backend and keeps them."""
-    memory = [
-        (case, contestant)
-        for case in memory_cases(backend)
-        for contestant in ("keras_mha", "keras")
-        if contestant == "keras_mha" or case.length < LONGEST_WITH_WHOLE_SCORES
-    ]
+def measure(backend: str, only: list[str]) -> None:
+    """Measures times and memory under a backend and keeps them.
+
+    Args:
+        backend: String, the backend.
+        only: List of strings, the names of the only cases to be timed, when what is
+            kept of the others stays; empty to measure all anew.
+    """
+    timed = [case for case in cases(backend) if not only or case.name in only]
+    memory = [] if only else _memory(backend)
     found: dict = {"machine": {}, "times": [], "memory": []}
+    if only:
+        found = json.loads(results.path(backend).read_text())
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), console=Console(stderr=True)
     ) as progress:
-        task = progress.add_task(backend, total=len(cases(backend)) + len(memory))
-        for line in _lines(backend, "time"):
+        task = progress.add_task(backend, total=len(timed) + len(memory))
+        for line in _lines(backend, "time", *only):
             if "started" in line:
                 progress.update(task, description=f"{backend}: {line['started']}")
             elif "machine" in line:
                 found["machine"] = line["machine"]
             else:
-                found["times"].append(line)
+                others = [x for x in found["times"] if x["case"] != line["case"]]
+                found["times"] = [*others, line]
                 _keep(backend, found)
                 progress.advance(task)
         for case, contestant in memory:
@@ -74,6 +85,15 @@ def measure(backend: str) -> None:
             progress.advance(task)
 
 
+def _memory(backend: str) -> list[tuple[Case, str]]:
+    return [
+        (case, contestant)
+        for case in memory_cases(backend)
+        for contestant in (results.OURS, results.KERAS)
+        if contestant == results.OURS or case.length < LONGEST_WITH_WHOLE_SCORES
+    ]
+
+
 def _keep(backend: str, found: dict) -> None:
     path = results.path(backend)
     path.parent.mkdir(exist_ok=True)
@@ -84,8 +104,8 @@ def _lines(backend: str, *arguments: str) -> Iterator[dict]:
     """Yields what a worker prints, line by line, as it prints it."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     if arguments[0] == "memory":
-        # What is freed goes back to the system at once: what is measured is in use.
-        environment["MALLOC_MMAP_THRESHOLD_"] = "1048576"
+        # Large blocks that are freed go back to the system at once.
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(2**25)
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", *arguments],
         env=environment,

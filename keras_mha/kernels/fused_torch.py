@@ -30,7 +30,9 @@ def refusal(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
-    query, key, value = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    query, key, value = (
+        x.to(_dtype(call)).transpose(1, 2) for x in (call.query, call.key, call.value)
+    )
     width, value_width = query.shape[3], value.shape[3]
     if width != value_width:
         # Only of one width does the kernel take them; zeros change no product.
@@ -38,21 +40,31 @@ def attend(call: AttentionCall) -> Tensor:
         query, key, value = (
             pad(x, (0, most - x.shape[3])) for x in (query, key, value)
         )
-    if _is_short(call) or _one_call_does(call):
-        tile = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
-        output = _attend_tile(call, tile, query, key, value)
+    whole = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
+    if _is_short(call):
+        output = _attend_tile(call, whole, query, key, value)
     else:
-        output = _attend_slices(call, query, key, value)
+        # For many rows each head's in a piece is faster, for few the copies cost more.
+        query, key, value = (x.contiguous() for x in (query, key, value))
+        if _one_call_does(call):
+            output = _attend_tile(call, whole, query, key, value)
+        else:
+            output = _attend_slices(call, query, key, value)
     if output.shape[3] != value_width:
         output = output[..., :value_width]
-    return output.transpose(1, 2)
+    return output.transpose(1, 2).to(call.query.dtype)
+
+
+def _dtype(call: AttentionCall) -> torch.dtype:
+    """The kernel takes one for all: a float32 bias is not cut down to a half type."""
+    if call.bias is None:
+        return call.query.dtype
+    return torch.promote_types(call.query.dtype, call.bias.dtype)
 
 
 def _is_short(call: AttentionCall) -> bool:
-    if torch.compiler.is_exporting():
-        return (
-            True  # there are no slices in an exported program, nor lengths to compare
-        )
+    if torch.compiler.is_exporting():  # neither slices nor lengths to compare there
+        return True
     rows = call.query.shape[1]
     return rows is not None and rows <= _WHOLE
 
@@ -97,9 +109,7 @@ def _torch_mask(call, tile):
     seen = allowed.any(dim=-1, keepdim=True)
     if call.bias is None:
         return allowed | ~seen, seen
-    dtype = call.query.dtype
-    if call.query.device.type == "cpu":  # other devices want the query's own dtype
-        dtype = torch.promote_types(dtype, torch.float32)
+    dtype = _dtype(call)
     bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
     # Finite, since a float32 bias may be out of the range of float16.
     bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)

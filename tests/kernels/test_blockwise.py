@@ -6,6 +6,11 @@ are no multiple of a tile, and chunks of heads; `tests/ops` runs the kernel in o
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from tests.helpers import (
     backend_jit,
     only_jax,
     only_tensorflow,
+    only_torch,
     outputs_and_gradients,
     rounded,
     to_numpy,
@@ -347,3 +353,101 @@ def test_dropout_drops_the_weights_that_the_reference_drops(compiled):
     np.testing.assert_allclose(output, expected, atol=1e-5)
     for found, theirs in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(found, theirs, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- corners
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_bias_and_a_sink_of_another_dtype_are_taken(dtype):
+    if dtype == "float64" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has float64 only when told so")
+    arrays = draw_arrays(bias=(T, S), sink=(N,))
+    tensors = {
+        name: to_tensor(x, dtype if name in ("bias", "sink") else "float32")
+        for name, x in arrays.items()
+    }
+    found = keras_mha.dot_product_attention(**tensors, implementation="blockwise")
+    expected, _ = oracle.dot_product_attention(**arrays)
+    np.testing.assert_allclose(to_numpy(found), expected, atol=1e-5)
+
+
+def test_a_batch_of_nobody_gives_nothing():
+    query = to_tensor(np.zeros((0, 40, 2, 4)))
+    plan = keras_mha.plan_attention(query, query, query, sink=0.0)
+    assert plan.implementation == "reference"
+    output = keras_mha.dot_product_attention(query, query, query, sink=0.0)
+    assert output.shape == (0, 40, 2, 4)
+
+
+@only_tensorflow
+def test_a_dynamic_batch_of_nobody():
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 2, 4))])
+    def function(x):
+        return keras_mha.dot_product_attention(x, x, x, mask=masks.Causal())
+
+    assert function(tf.zeros((0, 40, 2, 4))).shape == (0, 40, 2, 4)
+
+
+@only_tensorflow
+def test_an_eager_tape_keeps_no_tiles(monkeypatch):
+    import tensorflow as tf
+
+    kept = []
+    original = tf.exp
+
+    def exp(x):
+        result = original(x)
+        kept.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(tf, "exp", exp)
+    x = to_tensor(RNG.normal(size=(1, 64, 2, 4)))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        output = keras_mha.dot_product_attention(x, x, x, implementation="blockwise")
+        assert len(kept) >= 16
+        assert not [each for each in kept if each() is not None]
+    assert tape.gradient(output, x).shape == x.shape
+
+
+@only_torch
+def test_second_derivatives_are_refused_by_name():
+    import torch
+
+    x = to_tensor(RNG.normal(size=(1, 40, 2, 4))).requires_grad_()
+    for options in (
+        {"implementation": "blockwise"},
+        {"implementation": "blockwise", "dropout": 0.1, "seed": 1},
+    ):
+        output = keras_mha.dot_product_attention(x, x, x, **options)
+        with pytest.raises(RuntimeError, match="first derivatives only"):
+            torch.autograd.grad(output.sum(), x, create_graph=True)
+
+
+@only_jax
+def test_with_64_bit_numbers_switched_on():
+    code = """
+import numpy as np, jax, keras_mha
+from keras_mha import masks
+from keras_mha.kernels import tiling
+tiling.TILE = 16
+x = np.random.default_rng(0).normal(size=(2, 40, 2, 4))
+def loss(x, implementation):
+    output = keras_mha.dot_product_attention(
+        x, x, x, mask=masks.Causal() & masks.SlidingWindow(9), dropout=0.3, seed=1,
+        implementation=implementation,
+    )
+    return (output * output).sum()
+for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
+    found, expected = (
+        jax.grad(loss)(x.astype(dtype), name) for name in ("blockwise", "reference")
+    )
+    assert found.dtype == dtype
+    assert abs(found - expected).max() < tolerance, abs(found - expected).max()
+"""
+    environment = {**os.environ, "JAX_ENABLE_X64": "1", "KERAS_BACKEND": "jax"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -17,6 +17,8 @@ from tests.helpers import (
     only_tensorflow,
     only_torch,
     outputs_and_gradients,
+    rounded,
+    to_numpy,
     to_tensor,
 )
 
@@ -98,6 +100,38 @@ def test_a_long_call_whose_bias_is_trained_goes_to_the_tiles(small_slices):
         keras_mha.dot_product_attention(*tensors, bias=bias, implementation="fused")
     plan = keras_mha.plan_attention(*tensors, bias=bias, implementation="flash")
     assert plan.implementation == "blockwise"
+
+
+@only_torch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_bias_keeps_its_precision_beside_a_half_type(dtype):
+    arrays = [rounded(RNG.normal(size=(1, 20, 2, 8)), dtype) for _ in range(3)]
+    bias = 300 + 3 * np.sin(np.arange(400.0)).reshape(20, 20)
+    output = keras_mha.dot_product_attention(
+        *(to_tensor(x, dtype) for x in arrays),
+        bias=to_tensor(bias),
+        implementation="fused",
+    )
+    expected, _ = oracle.dot_product_attention(*arrays, bias=bias)
+    np.testing.assert_allclose(to_numpy(output), expected, atol=0.02)
+
+
+@only_torch
+def test_a_window_can_be_exported_with_a_dynamic_length():
+    import torch
+
+    class Window(torch.nn.Module):
+        def forward(self, x):
+            mask = masks.Causal() & masks.SlidingWindow(3)
+            return keras_mha.dot_product_attention(x, x, x, mask=mask)
+
+    x = to_tensor(RNG.normal(size=(1, 20, 2, 8)))
+    length = torch.export.Dim("length", min=2, max=2048)
+    exported = torch.export.export(Window(), (x,), dynamic_shapes=({1: length},))
+    longer = to_tensor(RNG.normal(size=(1, 30, 2, 8)))
+    np.testing.assert_allclose(
+        to_numpy(exported.module()(longer)), to_numpy(Window()(longer)), atol=1e-6
+    )
 
 
 # --------------------------------------------------------------------- JAX and cuDNN

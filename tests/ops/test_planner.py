@@ -92,6 +92,12 @@ def test_nothing_to_attend_to_is_no_work_for_tiles():
     assert "no scores" in chosen.reason
 
 
+def test_dropping_everything_is_no_work_for_tiles():
+    chosen = plan(a_call(LONG, dropout=1.0))
+    assert chosen.implementation == "reference"
+    assert "dropout=1" in chosen.reason
+
+
 # ---------------------------------------------------------- keras_mha.plan_attention
 
 
