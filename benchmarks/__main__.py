@@ -35,10 +35,13 @@ def main() -> None:
         default=[],
         help="time this case only, such as 'window 8192', and keep the others",
     )
+    parser.add_argument(
+        "--only", choices=("time", "memory"), help="measure this, keep the other"
+    )
     arguments = parser.parse_args()
     if not arguments.no_measuring:
         for backend in arguments.backend or info.BACKENDS:
-            measure(backend, arguments.case)
+            measure(backend, arguments.case, arguments.only)
     kept = results.load()
     if not kept:
         raise SystemExit("nothing has been measured yet: leave out --no-measuring")
@@ -46,25 +49,29 @@ def main() -> None:
     readme.write(kept, ROOT / "README.md")
 
 
-def measure(backend: str, only: list[str]) -> None:
+def measure(backend: str, names: list[str], only: str | None) -> None:
     """Measures times and memory under a backend and keeps them.
 
     Args:
         backend: String, the backend.
-        only: List of strings, the names of the only cases to be timed, when what is
-            kept of the others stays; empty to measure all anew.
+        names: List of strings, the only cases to be timed; empty for all.
+        only: `"time"`, `"memory"` or `None` for both. What is not measured is kept.
     """
-    timed = [case for case in cases(backend) if not only or case.name in only]
-    memory = [] if only else _memory(backend)
+    timed = [case for case in cases(backend) if not names or case.name in names]
+    memory = _memory(backend)
     found: dict = {"machine": {}, "times": [], "memory": []}
-    if only:
-        found = json.loads(results.path(backend).read_text())
+    if names or only:
+        found |= json.loads(results.path(backend).read_text())
+    if names or only == "time":
+        memory = []
+    elif only == "memory":
+        timed, found["memory"] = [], []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), console=Console(stderr=True)
     ) as progress:
         task = progress.add_task(backend, total=len(timed) + len(memory))
-        for line in _lines(backend, "time", *only):
+        for line in _lines(backend, "time", *names) if timed else ():
             if "started" in line:
                 progress.update(task, description=f"{backend}: {line['started']}")
             elif "machine" in line:

@@ -4,6 +4,7 @@ python -m benchmarks.worker time
 python -m benchmarks.worker memory '<case as JSON>' keras_mha
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -54,6 +55,7 @@ def measure_memory(case: Case, contestant: str) -> None:
     if case.length < NOT_WARMED_UP:
         training()  # compiles, which takes memory too
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
     times = {"training": _once(training)}

@@ -381,8 +381,10 @@ def test_a_batch_of_nobody_gives_nothing():
 
 
 @only_tensorflow
-def test_a_dynamic_batch_of_nobody():
+def test_a_dynamic_batch_of_nobody_with_short_sequences(monkeypatch):
     import tensorflow as tf
+
+    monkeypatch.setattr(backends.current(), "FEW_SCORES", 10_000)
 
     @tf.function(input_signature=[tf.TensorSpec((None, None, 2, 4))])
     def function(x):
