@@ -20,11 +20,11 @@ def progress() -> Progress:
     )
 
 
-def show(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+def show(found: dict[str, dict[str, Any]]) -> None:
     """Prints how long both layers took.
 
     Args:
-        found: Dictionary from backend and case to what the worker printed.
+        found: Dictionary from backend to what the worker printed.
     """
     machine: dict[str, Any] = {}
     for each in found.values():
@@ -40,9 +40,10 @@ def show(found: dict[tuple[str, str], dict[str, Any]]) -> None:
         table.add_column(name)
     for name in ("predict", "", "train", ""):
         table.add_column(name, justify="right")
-    for (backend, case), measured in found.items():
-        cells = [_cells(measured["times"][kind]) for kind in ("predict", "train")]
-        table.add_row(backend, case, *cells[0], *cells[1])
+    for backend, measured in found.items():
+        for case, times in measured["times"].items():
+            predict, train = _cells(times["predict"]), _cells(times["train"])
+            table.add_row(backend, case, *predict, *train)
     console = Console()
     console.print(table)
     console.print(

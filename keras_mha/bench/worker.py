@@ -62,12 +62,14 @@ def _model(layer: type, length: int, options: dict[str, Any]) -> keras.Model:
 
 
 def main() -> None:
-    """Measures the case that the command line names and prints it as JSON."""
-    name, seconds = sys.argv[1], float(sys.argv[2])
-    case = CASES[name]
-    found = measure(case.length, case.options, seconds)
+    """Measures every case and prints what was found as JSON."""
+    seconds = float(sys.argv[1])
+    times = {
+        name: measure(case.length, case.options, seconds)
+        for name, case in CASES.items()
+    }
     backend = keras.backend.backend()
-    print(json.dumps({"times": found, "machine": machine.description(backend)}))
+    print(json.dumps({"times": times, "machine": machine.description(backend)}))
 
 
 if __name__ == "__main__":
