@@ -58,7 +58,7 @@ def measure(backend: str, names: list[str], only: str | None) -> None:
         only: `"time"`, `"memory"` or `None` for both. What is not measured is kept.
     """
     timed = [case for case in cases(backend) if not names or case.name in names]
-    memory = _memory(backend)
+    memory = _memory()
     found: dict = {"machine": {}, "times": [], "memory": []}
     if names or only:
         found |= json.loads(results.path(backend).read_text())
@@ -92,10 +92,10 @@ def measure(backend: str, names: list[str], only: str | None) -> None:
             progress.advance(task)
 
 
-def _memory(backend: str) -> list[tuple[Case, str]]:
+def _memory() -> list[tuple[Case, str]]:
     return [
         (case, contestant)
-        for case in memory_cases(backend)
+        for case in memory_cases()
         for contestant in (results.OURS, results.KERAS)
         if contestant == results.OURS or case.length < LONGEST_WITH_WHOLE_SCORES
     ]

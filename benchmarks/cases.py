@@ -58,8 +58,8 @@ def cases(backend: str) -> list[Case]:
     return found
 
 
-def memory_cases(backend: str) -> list[Case]:
-    """Returns all whose memory is measured under a backend."""
+def memory_cases() -> list[Case]:
+    """Returns all whose memory is measured under each backend."""
     found = [Case("causal", length) for length in LENGTHS if length >= 4096]
     found.append(Case("dropout", 4096))
     return found

@@ -28,7 +28,6 @@ def in_turns(
     seconds: float,
     least: int = 3,
     most: int = 50,
-    warm_up: bool = True,
 ) -> dict[str, Times]:
     """Times functions in interleaved rounds: each once, then each once again.
 
@@ -36,18 +35,17 @@ def in_turns(
     the caches pays for it.
 
     Args:
-        functions: By name; each must return only when its work is done.
+        functions: By name; each must return only when its work is done. Each is called
+            once beforehand, to compile.
         seconds: About how long to go on.
         least: Number of rounds to do however long they take.
         most: Number of rounds to stop after.
-        warm_up: Whether to call each once beforehand, to compile.
 
     Returns:
         The times of each function.
     """
-    if warm_up:
-        for function in functions.values():
-            function()
+    for function in functions.values():
+        function()
     found: dict[str, list[float]] = {name: [] for name in functions}
     shuffle = random.Random(0).shuffle
     end = time.perf_counter() + seconds

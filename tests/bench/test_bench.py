@@ -27,12 +27,6 @@ def test_timing_stops_after_the_most_rounds():
     assert timing.in_turns({"a": int}, seconds=60, most=4)["a"].rounds == 4
 
 
-def test_without_warming_up_the_first_call_counts():
-    calls = []
-    timing.in_turns({"a": lambda: calls.append(1)}, 0, least=1, warm_up=False)
-    assert len(calls) == 1
-
-
 def test_a_summary_has_the_median_and_the_quartiles():
     assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0, 5)
     assert timing.summary([7.0]) == (7.0, 7.0, 7.0, 1)

@@ -47,7 +47,7 @@ def test_every_case_is_kept():
         for case in cases.cases(found.backend):
             assert found.times(case, "forward"), case
             assert found.times(case, "training"), case
-        for case in cases.memory_cases(found.backend):
+        for case in cases.memory_cases():
             assert found.added_bytes(case, "keras_mha"), case
 
 

@@ -502,6 +502,26 @@ def test_mask_object_equals_its_booleans(make, booleans, implementation):
     assert_close(found, expected, "float32")
 
 
+class FewerThanCausal(masks.Causal):
+    """A user's subclass, which hides more than its base."""
+
+    def block(self, tile):
+        even = tile.column_indices % 2 == 0
+        return keras.ops.logical_and(super().block(tile), even)
+
+    def status(self, tile):
+        return "mixed"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_subclass_of_a_mask_is_not_taken_for_its_base(implementation):
+    arrays = heads(S=3, K=4, V=3)
+    found = attend(*arrays, mask=FewerThanCausal(), implementation=implementation)
+    even = np.tril(np.ones((3, 3), "bool")) & (np.arange(3) % 2 == 0)
+    expected, _ = oracle.dot_product_attention(*arrays, mask=even)
+    assert_close(found, expected, "float32")
+
+
 # -------------------------------------------------------------------------- dropout
 
 RATE = 0.3
