@@ -1,16 +1,21 @@
 """Multi-head attention for Keras 3, correct on TensorFlow, JAX and PyTorch."""
 
 import keras_mha._keras  # noqa: F401  first, to say what to do without a backend
-from keras_mha import masks
+from keras_mha import masks, positions
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
+from keras_mha.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALiBi",
     "MultiHeadAttention",
+    "RelativePositionBias",
+    "RotaryEmbedding",
     "__version__",
     "dot_product_attention",
     "masks",
     "plan_attention",
+    "positions",
 ]

@@ -46,6 +46,8 @@ class Tile(NamedTuple):
         columns: Number of key positions.
         whole: Whether the tile is the whole matrix, so that nothing need be cut.
         batch: The one row of the batch that the tile is for, or `None` for all.
+        head: The first query head that the tile is for, or `None` for all heads.
+        heads: How many heads the tile is for, from this one on.
     """
 
     row: Any
@@ -54,6 +56,8 @@ class Tile(NamedTuple):
     columns: Any
     whole: bool = False
     batch: Any = None
+    head: Any = None
+    heads: int | None = None
 
     @property
     def is_static(self) -> bool:
@@ -83,6 +87,10 @@ class Tile(NamedTuple):
     def cut_batch(self, x: Tensor, axis: int = 0) -> Tensor:
         """Cuts the tile's row of the batch out of `x`; an axis of length 1 stays."""
         return x if self.batch is None else _cut(x, axis, self.batch, 1)
+
+    def cut_heads(self, x: Tensor, axis: int) -> Tensor:
+        """Cuts the tile's heads out of `x`; an axis of length 1 stays."""
+        return x if self.head is None else _cut(x, axis, self.head, self.heads)
 
     def cut_rows(self, x: Tensor, axis: int) -> Tensor:
         """Cuts the tile's rows out of `x`; an axis of length 1 stays, to broadcast."""

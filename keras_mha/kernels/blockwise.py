@@ -27,13 +27,14 @@ References:
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from keras import ops
 
-from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float
 from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST
@@ -54,6 +55,8 @@ class Problem:
         logit_soft_cap: As in `AttentionCall`.
         dropout: Share of the attention weights to drop, less than 1.
         mask: The mask without its tensors.
+        position_bias: The bias object without its tensors.
+        position_tensors: Names of the tensors that it holds, in order.
         differentiable: Names of the tensors that have gradients.
         groups_at_once: As in `Walk`.
         tile: As in `Walk`.
@@ -63,6 +66,8 @@ class Problem:
     logit_soft_cap: float | None
     dropout: float
     mask: Any
+    position_bias: Any
+    position_tensors: tuple[str, ...]
     differentiable: tuple[str, ...]
     groups_at_once: int | None
     tile: int | None
@@ -114,7 +119,10 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
     if call.sink is not None:
         sink = ops.broadcast_to(call.sink, (heads,))
         tensors["sink"] = ops.reshape(sink, (groups, shared))
-    differentiable = tuple(tensors)
+    position_bias, held = split_tensors(call.position_bias)
+    held = {f"position_bias_{i}": tensor for i, tensor in enumerate(held)}
+    differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))
+    tensors |= held
     if call.dropout:
         tensors["seed"] = dropout.seed_pair(call.seed)
     mask, tensors["mask"] = split_tensors(call.mask)
@@ -123,6 +131,8 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
         logit_soft_cap=call.logit_soft_cap,
         dropout=call.dropout,
         mask=mask,
+        position_bias=None if call.position_bias is None else position_bias,
+        position_tensors=tuple(held),
         differentiable=differentiable,
         groups_at_once=_groups_at_once(call),
         tile=tiling.TILE,
@@ -164,8 +174,8 @@ def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         problem: What is to be computed.
         tensors: `"query"` of shape `(B, K, H, G, T)`, `"key"` `(B, K, H, S)`, `"value"`
             `(B, K, V, S)`, `"mask"` (a tuple), and where there are such `"bias"`
-            `(B, K, G, T, S)` with lengths of 1 that broadcast, `"sink"` `(K, G)` and
-            `"seed"` `(2,)`.
+            `(B, K, G, T, S)` with lengths of 1 that broadcast, `"sink"` `(K, G)`,
+            `"seed"` `(2,)` and what the position's bias holds.
 
     Returns:
         The output, shape `(B, K, V, G, T)`, and the logarithm of each row's sum of
@@ -274,6 +284,9 @@ def _backward(problem, tensors, output, lse, d_output):
     )
     if "bias" in problem.differentiable:
         results += (walk.score_tiles(tensors["bias"], dtype),)
+    results += tuple(
+        ops.zeros(ops.shape(tensors[name]), dtype) for name in scores.position_weights
+    )
     results = walk.for_each_row(visit_row, results)
     found = {
         "query": walk.joined_rows(results[0]),
@@ -282,6 +295,9 @@ def _backward(problem, tensors, output, lse, d_output):
     }
     if "bias" in problem.differentiable:
         found["bias"] = walk.joined_scores(results[3], tensors["bias"])
+    if scores.position_weights:
+        position_gradients = results[-len(scores.position_weights) :]
+        found |= zip(scores.position_weights, position_gradients, strict=True)
     if "sink" in problem.differentiable:
         weights = ops.exp(ops.cast(tensors["sink"], dtype)[:, None, :, None] - lse)
         found["sink"] = -ops.sum(weights * share, axis=(0, 2, 4))
@@ -293,7 +309,7 @@ def _backward(problem, tensors, output, lse, d_output):
 
 def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
     """Returns the rows' gradient of the scaled query, `(heads, H, G * rows)`, and the
-    results with what these rows add to the gradients of key, value and bias."""
+    results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
     query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
     d_output = walk.cut_rows(tensors["d_output"], row)
@@ -313,6 +329,7 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
         d_bias = ()
         if "bias" in scores.problem.differentiable:
             d_bias = (walk.summed_scores(d_logits, tensors["bias"]),)
+        d_bias += scores.position_gradients(place, d_logits)
         d_scores = d_logits if slope is None else d_logits * slope
         d_query = backend.to_rows(d_scores, key)
         return d_query, backend.to_columns(d_scores, query), d_value, *d_bias
@@ -324,9 +341,11 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
             walk.add_columns(sums[1], place, d_key),
             walk.add_columns(sums[2], place, d_value),
         )
-        if d_bias:
-            new += (walk.add_scores(sums[3], place, *d_bias, tensors["bias"]),)
-        return new
+        if "bias" in scores.problem.differentiable:
+            new += (walk.add_scores(sums[3], place, d_bias[0], tensors["bias"]),)
+        # Of the position's bias there are few weights, which every tile adds to.
+        done = len(new)
+        return new + tuple(map(operator.add, sums[done:], d_bias[done - 3 :]))
 
     def visit_tile(place, allowed, sums):
         return add(place, sums, step(place, allowed))
@@ -340,6 +359,9 @@ class _Scores:
     def __init__(self, problem: Problem, tensors: dict[str, Any]):
         self.problem, self.tensors = problem, tensors
         mask = join_tensors(problem.mask, tensors["mask"])
+        self.position_weights = tuple(
+            name for name in problem.position_tensors if name in problem.differentiable
+        )
         query, key = tensors["query"], tensors["key"]
         self.walk = Walk(query, key, mask, problem.groups_at_once, problem.tile)
 
@@ -354,18 +376,42 @@ class _Scores:
         if (cap := self.problem.logit_soft_cap) is not None:
             capped = ops.tanh(logits / cap)
             logits, slope = cap * capped, 1.0 - capped * capped
-        if allowed is None and "bias" not in self.tensors:
+        has_position_bias = self.problem.position_bias is not None
+        if allowed is None and "bias" not in self.tensors and not has_position_bias:
             return logits, slope
         logits = walk.by_head(logits)
         if "bias" in self.tensors:
             bias = walk.cut_scores(self.tensors["bias"], place)
             logits = logits + ops.cast(bias, walk.dtype)
+        if has_position_bias:
+            logits = logits + self._position_bias(place)
         if allowed is not None:
             # Added, not chosen by: the small tile is made once for all heads.
             logits = logits + ops.where(
                 allowed, ops.cast(0.0, walk.dtype), ops.cast(-math.inf, walk.dtype)
             )
         return walk.folded_scores(logits), slope
+
+    def _position_bias(self, place: Place, **weights: Tensor) -> Tensor:
+        """Returns a tile of the position's bias, with these weights in it if given."""
+        names = self.problem.position_tensors
+        held = tuple(weights.get(name, self.tensors[name]) for name in names)
+        bias = join_tensors(self.problem.position_bias, held)
+        return ops.cast(self.walk.bias_block(bias, place), self.walk.dtype)
+
+    def position_gradients(self, place: Place, d_logits: Tensor) -> tuple[Tensor, ...]:
+        """Returns what a tile adds to the gradients of `position_weights`."""
+        names, walk = self.position_weights, self.walk
+        if not names:
+            return ()
+        gradients = walk.backend.pull_back(
+            lambda *weights: self._position_bias(
+                place, **dict(zip(names, weights, strict=True))
+            ),
+            tuple(self.tensors[name] for name in names),
+            lambda block: walk.summed_scores(d_logits, block),
+        )
+        return tuple(ops.cast(gradient, walk.dtype) for gradient in gradients)
 
     def dropped(self, place: Place) -> Callable[[Tensor], Tensor]:
         """Returns what drops weights of a tile, without scaling up the rest."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from keras.random import SeedGenerator
 
 from keras_mha._keras import Shape, Tensor
+from keras_mha.biases import Bias
 from keras_mha.masks import Mask
 
 
@@ -19,6 +20,7 @@ class AttentionCall:
         value: Shape `(B, S, K, V)`.
         mask: Who may attend to whom; `None` for everybody.
         bias: Added to the scaled scores; four axes that broadcast to `(B, N, T, S)`.
+        position_bias: Added too, but made tile by tile.
         scale: Factor of the dot products.
         logit_soft_cap: Scores become `cap * tanh(scores / cap)`; `None` for no cap.
         sink: A logit for each head, shape `(N,)`, that joins the softmax and has
@@ -33,12 +35,18 @@ class AttentionCall:
     value: Tensor
     mask: Mask | None = None
     bias: Tensor | None = None
+    position_bias: Bias | None = None
     scale: float = 1.0
     logit_soft_cap: float | None = None
     sink: Tensor | None = None
     dropout: float = 0.0
     seed: int | SeedGenerator | None = None
     return_scores: bool = False
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether anything is added to the scaled scores."""
+        return self.bias is not None or self.position_bias is not None
 
     @property
     def scores_shape(self) -> Shape:

@@ -17,7 +17,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "cuDNN's kernel takes float16 and bfloat16 only"
     if call.query.shape[3] not in _WIDTHS or call.value.shape[3] != call.query.shape[3]:
         return "cuDNN's kernel takes heads of one width, a multiple of 8 up to 128"
-    if call.bias is not None:
+    if call.has_bias:
         return "a bias is not handed to cuDNN's kernel"
     if call.mask is not None and not is_plain_causal(call.mask):
         return "cuDNN's kernel takes no mask but the causal one"

@@ -11,7 +11,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from keras_mha._keras import Tensor
 from keras_mha.kernels.backends.torch import first_order_only
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import allowed_pairs
+from keras_mha.kernels.masking import allowed_pairs, bias_block
+from keras_mha.kernels.parts import split_tensors
 from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
 
 # Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
@@ -23,7 +24,9 @@ _WHOLE = 512  # Up to so many rows one call is not slower than slices.
 def refusal(call: AttentionCall) -> str | None:
     """Returns why torch's kernel cannot run this call, or `None` if it can."""
     # For a few rows torch itself takes another path, with all scores.
-    if getattr(call.bias, "requires_grad", False) and not _is_short(call):
+    weights = (call.bias, *split_tensors(call.position_bias)[1])
+    is_trained = any(getattr(weight, "requires_grad", False) for weight in weights)
+    if is_trained and not _is_short(call):
         return "torch's kernel has no gradient of a bias"
     return None
 
@@ -57,9 +60,12 @@ def attend(call: AttentionCall) -> Tensor:
 
 def _dtype(call: AttentionCall) -> torch.dtype:
     """The kernel takes one for all: a float32 bias is not cut down to a half type."""
-    if call.bias is None:
-        return call.query.dtype
-    return torch.promote_types(call.query.dtype, call.bias.dtype)
+    held = (call.bias, *split_tensors(call.position_bias)[1])
+    dtype = call.query.dtype if call.position_bias is None else torch.float32
+    for x in held:
+        if x is not None and x.dtype.is_floating_point:
+            dtype = torch.promote_types(dtype, x.dtype)
+    return torch.promote_types(call.query.dtype, dtype)
 
 
 def _is_short(call: AttentionCall) -> bool:
@@ -70,7 +76,9 @@ def _is_short(call: AttentionCall) -> bool:
 
 
 def _one_call_does(call: AttentionCall) -> bool:
-    """Whether the whole call needs no mask of T x S booleans, or has one anyway."""
+    """Whether the whole call needs no mask of T x S numbers, or has one anyway."""
+    if call.position_bias is not None:
+        return False
     if call.mask is None or _is_causal(call):
         return True
     return call.bias is None and is_alike_for_all_rows(call.mask)
@@ -78,7 +86,7 @@ def _one_call_does(call: AttentionCall) -> bool:
 
 def _is_causal(call: AttentionCall) -> bool:
     # With a negative scale torch's own causal mask gives NaN; one of booleans does not.
-    return call.bias is None and call.scale > 0 and is_plain_causal(call.mask)
+    return not call.has_bias and call.scale > 0 and is_plain_causal(call.mask)
 
 
 def _attend_tile(call, tile, query, key, value):
@@ -103,14 +111,14 @@ def _torch_mask(call, tile):
     A row that sees none is opened to all keys, so that no softmax is taken over
     nothing, and its output is set to zero afterwards, which also stops its gradients.
     """
-    allowed = allowed_pairs(call, tile)
+    bias = bias_block(call, tile)
+    allowed = allowed_pairs(call, tile, bias)
     if allowed is None:
         return None, None
     seen = allowed.any(dim=-1, keepdim=True)
-    if call.bias is None:
+    if bias is None:
         return allowed | ~seen, seen
     dtype = _dtype(call)
-    bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
     # Finite, since a float32 bias may be out of the range of float16.
     bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
     hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
@@ -175,6 +183,9 @@ def _slices(call):
     step = _ROWS if call.query.device.type == "cpu" else _ROWS_ELSEWHERE
     for row in range(0, rows, step):
         tile = Tile(row, min(step, rows - row), 0, columns)
+        if call.mask is None:
+            yield tile
+            continue
         first = _first_live(call.mask, tile, forward=True)
         if first is None:
             continue

@@ -15,26 +15,44 @@ from keras_mha.masks import Mask, Tile, whole_tile
 LOWEST = -1e30
 
 
-def allowed_pairs(call: AttentionCall, tile: Tile | None = None) -> Tensor | None:
+def whole(call: AttentionCall) -> Tile:
+    """Returns the tile of all scores of a call."""
+    return whole_tile(ops.shape(call.query)[1], ops.shape(call.key)[1])
+
+
+def bias_block(call: AttentionCall, tile: Tile) -> Tensor | None:
+    """Returns all that is added to a tile of the scaled scores, or `None`.
+
+    Its numbers broadcast to `(B, N, rows, columns)`.
+    """
+    bias = None
+    if call.bias is not None:
+        bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
+    if call.position_bias is not None:
+        block = call.position_bias.block(tile)
+        bias = block if bias is None else bias + ops.cast(block, bias.dtype)
+    return bias
+
+
+def allowed_pairs(
+    call: AttentionCall, tile: Tile, bias: Tensor | None
+) -> Tensor | None:
     """Returns booleans that broadcast to `(B, N, rows, columns)`, or `None` for all.
 
     Args:
         call: The call.
-        tile: A part of the scores; `None` for the whole.
+        tile: A part of the scores.
+        bias: What `bias_block` returned for it.
     """
-    if tile is None:
-        tile = whole_tile(ops.shape(call.query)[1], ops.shape(call.key)[1])
     allowed = None
     if call.mask is not None and not (
         tile.is_static and call.mask.status(tile) == "full"
     ):
         allowed = mask_block(call.mask, tile, *call.scores_shape[:2])
-    if call.bias is not None:
-        bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
-        if allowed is None:
-            return bias > LOWEST
-        allowed = ops.logical_and(allowed, bias > LOWEST)
-    return allowed
+    if bias is None:
+        return allowed
+    seen = bias > LOWEST
+    return seen if allowed is None else ops.logical_and(allowed, seen)
 
 
 def mask_block(mask: Mask, tile: Tile, batch: int | None, heads: int) -> Tensor:

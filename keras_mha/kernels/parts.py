@@ -1,7 +1,7 @@
-"""Takes a mask apart into what can be compared and hashed, and its tensors.
+"""Takes masks and bias objects apart into what can be compared, and their tensors.
 
 A compiled program is kept for calls that differ in tensors only, and gradients pass
-tensors as arguments: neither may find them hidden in a mask. They are looked for in its
+tensors as arguments: neither may find them hidden in an object. They are looked for in
 attributes, in lists, tuples and dictionaries there, and in what functions close over.
 """
 
@@ -13,11 +13,12 @@ import numpy as np
 from keras import ops
 
 from keras_mha._keras import Tensor
+from keras_mha.biases import Bias, Positions
 from keras_mha.masks import Mask
 
 
-def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
-    """Takes a mask apart.
+def split_tensors(mask: Mask | Bias | None) -> tuple[Any, tuple[Tensor, ...]]:
+    """Takes a mask or a bias object apart.
 
     Returns:
         What `join_tensors` makes the mask of again, given the tensors or others, and
@@ -31,7 +32,7 @@ def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
         if ops.is_tensor(value):
             tensors.append(value)
             return _TENSOR
-        if isinstance(value, Mask) and hasattr(value, "__dict__"):
+        if isinstance(value, Mask | Bias | Positions) and hasattr(value, "__dict__"):
             return _Parts(type(value), _named(vars(value)))
         if type(value) is dict:
             return _Parts(dict, _named(value))
@@ -51,7 +52,7 @@ def split_tensors(mask: Mask | None) -> tuple[Any, tuple[Tensor, ...]]:
     return split(mask), tuple(tensors)
 
 
-def join_tensors(parts: Any, tensors: tuple[Tensor, ...]) -> Mask | None:
+def join_tensors(parts: Any, tensors: tuple[Tensor, ...]) -> Any:
     """The way back from `split_tensors`: an equal mask, not the same object."""
     rest = iter(tensors)
 

@@ -22,7 +22,7 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import LOWEST, allowed_pairs
+from keras_mha.kernels.masking import LOWEST, allowed_pairs, bias_block, whole
 from keras_mha.masks import is_plain_causal, whole_tile
 
 
@@ -34,20 +34,23 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         shape `(B, N, T, S)`, or `None` if the call does not ask for them.
     """
     dtype = call.query.dtype
-    logits = _logits(call)
-    weights = _masked_softmax(logits, allowed_pairs(call), call)
+    tile = whole(call)
+    bias = bias_block(call, tile)
+    logits = _logits(call, bias)
+    allowed = allowed_pairs(call, tile, bias)
+    weights = _masked_softmax(logits, allowed, call)
     dropped = _dropout(weights, call)
     output = ops.cast(_weighted_values(dropped, call.value), dtype)
     return output, ops.cast(weights, dtype) if call.return_scores else None
 
 
-def _logits(call: AttentionCall) -> Tensor:
+def _logits(call: AttentionCall, bias: Tensor | None) -> Tensor:
     query, key = at_least_float32(call.query), at_least_float32(call.key)
     logits = _query_dot_key(query * call.scale, key)
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
-    if call.bias is not None:
-        logits = logits + ops.cast(call.bias, logits.dtype)
+    if bias is not None:
+        logits = logits + ops.cast(bias, logits.dtype)
     return logits
 
 
@@ -55,7 +58,7 @@ def _masked_softmax(
     logits: Tensor, allowed: Tensor | None, call: AttentionCall
 ) -> Tensor:
     # Every row sees its first key at least: nothing is left to set to zero.
-    is_plain_case = call.bias is None and is_plain_causal(call.mask)
+    is_plain_case = not call.has_bias and is_plain_causal(call.mask)
     if allowed is not None:
         logits = ops.where(allowed, logits, -math.inf if is_plain_case else LOWEST)
     if call.sink is not None:

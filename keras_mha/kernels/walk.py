@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.masking import mask_block
 from keras_mha.kernels.tiling import cut_in_pieces, schedule
@@ -204,6 +205,12 @@ class Walk:
                 allowed = new if allowed is None else ops.logical_and(allowed, new)
         return allowed
 
+    def bias_block(self, bias: Bias, place: Place) -> Tensor:
+        """Returns the numbers of a bias object for a tile; see `by_head`."""
+        heads = self.chunk_groups * self.shared
+        tile = self.tile(place)._replace(head=place.group * self.shared, heads=heads)
+        return self._block_by_head(bias.block(tile), tile, place)
+
     def _block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:
         new_axes = (1,) * (4 - len(block.shape))
         block = ops.reshape(block, (*new_axes, *ops.shape(block)))
@@ -211,8 +218,11 @@ class Walk:
             block = tile.cut_batch(block)  # a mask of the user's own may not know of it
         if block.shape[1] == 1:
             return block[:, None]
-        batch, _, rows, columns = ops.shape(block)
-        block = ops.reshape(block, (batch, self.groups, self.shared, rows, columns))
+        batch, heads, rows, columns = ops.shape(block)
+        by_head = (batch, heads // self.shared, self.shared, rows, columns)
+        block = ops.reshape(block, by_head)
+        if by_head[1] == self.chunk_groups:  # it cut them out, or they are all
+            return block
         starts = (0, place.group, 0, 0, 0)
         return ops.slice(
             block, starts, (batch, self.chunk_groups, self.shared, rows, columns)

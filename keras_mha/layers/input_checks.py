@@ -55,8 +55,8 @@ def check_input_shapes(
 
 def check_feature_widths(expected: dict[str, int], shapes: dict[str, Shape]) -> None:
     """Raises unless each input has the width that its projection was built for."""
-    for name, width in expected.items():
-        shape = shapes[name]
+    for name, shape in shapes.items():
+        width = expected[name]
         if shape[-1] != width:
             raise ValueError(
                 f"`{name}` must have {width} features (its last axis), as when the "
@@ -71,6 +71,60 @@ def check_ranks(rank: int, shapes: dict[str, Shape]) -> None:
             raise ValueError(
                 f"`{name}` must have {rank} axes, as when the layer was built. "
                 f"Received: {name} of shape {shape}"
+            )
+
+
+def check_one_axis(attended: tuple[int, ...]) -> None:
+    """Raises unless a `position` can say where along the attended axes tokens stand."""
+    if len(attended) > 1:
+        raise ValueError(
+            "`position` counts along one axis, and attention runs over several. Choose "
+            "one with `attention_axes`, or leave `position` out. "
+            f"Received: attention_axes={attended}"
+        )
+
+
+def check_cached_call(
+    query: Tensor, value: Tensor | None, training: bool | None, segment_ids: Any
+) -> None:
+    """Raises if a call has what cannot go with a `cache`."""
+    if training:
+        raise ValueError(
+            "`cache` is for decoding: what earlier calls computed gets no gradients. "
+            "Train on whole sequences, without it. Received: training=True"
+        )
+    if len(query.shape) != 3:
+        raise ValueError(
+            "`cache` needs inputs with one axis of positions, (B, T, D). "
+            f"Received: query of shape {tuple(query.shape)}"
+        )
+    if segment_ids is not None:
+        raise ValueError(
+            "`segment_ids` cannot be given beside a `cache`, whose rows hold one "
+            "sequence each."
+        )
+
+
+def check_none_beside_memory(others: dict[str, Any]) -> None:
+    """Raises if a call names what is attended to although its `cache` holds that."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            "`cache` holds the projected memory already: its key, value and mask are "
+            f"given to `init_cache(memory=...)`. Received: {', '.join(given)}"
+        )
+
+
+def check_none_beside_ring(attention_mask: Any, attention_bias: Any) -> None:
+    """Raises if a call says something of keys by their slots in a ring."""
+    for name, x in (
+        ("attention_mask", attention_mask),
+        ("attention_bias", attention_bias),
+    ):
+        if x is not None:
+            raise ValueError(
+                f"`{name}` cannot be given beside the `cache` of a layer with "
+                "`sliding_window`, whose slots are used again for later tokens."
             )
 
 

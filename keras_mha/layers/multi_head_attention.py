@@ -1,17 +1,24 @@
 """Multi-head attention as a Keras layer."""
 
+import functools
 import math
 import string
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, get_keras_mask, set_keras_mask
+from keras_mha.biases import Bias
+from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
+from keras_mha.layers.cache import Cache
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
+from keras_mha.layers.position_bias import PositionBias
+from keras_mha.layers.position_ids import checked_position_ids, restarted
+from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.masks import (
     Causal,
     Dense,
@@ -81,6 +88,8 @@ class MultiHeadAttention(keras.layers.Layer):
         num_key_value_heads: Number of key and value heads, K; divides `num_heads`.
             Query head n reads key and value head n // (N / K): grouped-query
             attention, with 1 multi-query attention. Defaults to `num_heads`.
+        position: Says where tokens stand: a `keras_mha.RotaryEmbedding`, a
+            `keras_mha.ALiBi` or a `keras_mha.RelativePositionBias`. Defaults to `None`.
         qk_norm: Normalises each query and key head over its width before the scores:
             `"rms"` or `"layer"` (each with a learned scale), or `"l2"` (unit length:
             the scores are cosine similarities). Defaults to `None`.
@@ -114,11 +123,19 @@ class MultiHeadAttention(keras.layers.Layer):
             NumPy (three axes are `(N, T, S)`) and is added to the scaled scores.
         segment_ids: Whole numbers of shape `(B, T)`, or a pair of shapes `(B, T)` and
             `(B, S)`: tokens attend only within their own segment (packed sequences).
+        position_ids: Where tokens stand, for `position`: whole numbers of shape `(T,)`
+            or `(B, T)` for both sides, or a pair (query's, key's). Defaults to counting
+            from 0, anew where a segment starts; with a cache from what it holds.
+        cache: What `init_cache` or an earlier call returned. The query is then what
+            follows the tokens that the cache has seen; those that `query_mask` says
+            are real are added to it. With a cache made of a memory, what is attended
+            to. With `use_causal_mask=True` steps give what one call would.
 
     Returns:
         The output, shape `(B, T, E)` with `E` from `output_shape`, in the layer's
-        compute dtype; with `return_attention_scores=True` the pair of it and the
-        attention weights after softmax and before dropout, shape `(B, N, T, S)`.
+        compute dtype. With `return_attention_scores=True` a tuple of it and the
+        attention weights after softmax and before dropout, shape `(B, N, T, S)`; with
+        `cache` the new cache is the tuple's last.
 
     Raises:
         TypeError: If an argument is of a wrong type or dtype.
@@ -172,6 +189,7 @@ class MultiHeadAttention(keras.layers.Layer):
         seed: int | None = None,
         *,
         num_key_value_heads: int | None = None,
+        position: RotaryEmbedding | PositionBias | None = None,
         qk_norm: str | None = None,
         qk_norm_epsilon: float = 1e-6,
         attention_sink: str | None = None,
@@ -211,6 +229,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         self._scale = _optional(_checks.number, "scale", scale)
         self.seed = _optional(_checks.integer, "seed", seed)
+        self.position = self._checked_position(position)
 
         self._kernel_initializer = keras.initializers.get(kernel_initializer)
         self._bias_initializer = keras.initializers.get(bias_initializer)
@@ -219,6 +238,23 @@ class MultiHeadAttention(keras.layers.Layer):
         self._activity_regularizer = keras.regularizers.get(activity_regularizer)
         self._kernel_constraint = keras.constraints.get(kernel_constraint)
         self._bias_constraint = keras.constraints.get(bias_constraint)
+
+    def _checked_position(self, position: Any) -> RotaryEmbedding | PositionBias | None:
+        if position is None:
+            return None
+        if not isinstance(position, RotaryEmbedding | PositionBias):
+            raise TypeError(
+                "`position` must be a RotaryEmbedding, an ALiBi or a "
+                "RelativePositionBias (a layer, not its class). "
+                f"Received: position={position!r} (of type {type(position).__name__})"
+            )
+        if self._attention_axes is not None:
+            input_checks.check_one_axis(self._attention_axes)
+        if isinstance(position, RotaryEmbedding):
+            position.check_width(self._key_dim)
+        else:
+            position.set_heads(self._num_heads)
+        return position
 
     # ------------------------------------------------------------------ properties
 
@@ -305,6 +341,10 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_build_shapes(query_shape, value_shape, key_shape)
         self._axes = AttentionAxes(len(query_shape), self._attention_axes)
         input_checks.check_input_shapes(self._axes, query_shape, value_shape, key_shape)
+        if self.position is not None:
+            input_checks.check_one_axis(self._axes.attended)
+            if not self.position.built:
+                self.position.build()
         self._widths = {
             "query": query_shape[-1],
             "value": value_shape[-1],
@@ -399,6 +439,15 @@ class MultiHeadAttention(keras.layers.Layer):
 
     # ------------------------------------------------------------------ call
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the layer; see its call arguments."""
+        result = super().__call__(*args, **kwargs)
+        cache = kwargs.get("cache")
+        if cache is None:
+            return result
+        # Keras casts all floating-point arguments; a cache keeps a dtype of its own.
+        return (*result[:-1], kv_cache.with_dtypes_of(result[-1], cache))
+
     def call(
         self,
         query: Tensor,
@@ -414,18 +463,15 @@ class MultiHeadAttention(keras.layers.Layer):
         *,
         attention_bias: Tensor | None = None,
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        position_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
             query_mask, value_mask, key_mask, attention_mask, segment_ids
         )
         if query_mask is None:
             # Keras fills masks in by itself only when there are several inputs.
             query_mask = get_keras_mask(query)
-        if value is None:
-            value = query
-            value_mask = query_mask if value_mask is None else value_mask
-        if key is None:
-            key = value
         self._check_call(
             query,
             value,
@@ -435,47 +481,69 @@ class MultiHeadAttention(keras.layers.Layer):
             key_mask=key_mask,
             attention_mask=attention_mask,
             return_attention_scores=return_attention_scores,
+            training=training,
             use_causal_mask=use_causal_mask,
             attention_bias=attention_bias,
             segment_ids=segment_ids,
+            position_ids=position_ids,
+            cache=cache,
         )
+        if value is None:
+            value = query
+            value_mask = query_mask if value_mask is None else value_mask
+        if key is None:
+            key = value
+        if cache is None:
+            ids = self._position_ids(position_ids, segment_ids, query, value)
+            operands = self._operands(query, value, key, *ids)
+            mask = intersect(
+                self._padding(value_mask, value),
+                self._padding(key_mask, value),
+                self._segments(segment_ids, query, value),
+                SlidingWindow(self._sliding_window) if self._sliding_window else None,
+                Causal() if use_causal_mask else None,
+            )
+        elif kv_cache.is_memory(cache):
+            operands, mask = self._operands_of_memory(query, cache, position_ids)
+        else:
+            masks = (query_mask, value_mask, key_mask)
+            operands, mask = self._operands_with_cache(
+                query, value, key, cache, masks, position_ids, use_causal_mask
+            )
         mask = intersect(
             self._attention_mask(attention_mask, query, value),
             self._query_mask(query_mask, query),
-            self._padding(value_mask, value),
-            self._padding(key_mask, value),
-            self._segments(segment_ids, query, value),
-            SlidingWindow(self._sliding_window) if self._sliding_window else None,
-            Causal() if use_causal_mask else None,
+            mask,
         )
         heads, scores = self._attend(
-            query,
-            value,
-            key,
+            operands,
             mask,
             self._attention_bias(attention_bias, query, value),
             self._dropout if training else 0.0,
             return_attention_scores,
         )
+        heads = self._axes.unfold(heads, like=query)
         if self._use_gate:
             heads = heads * self._gate_dense(query)
         output = self.output_dense(heads)
         if query_mask is not None:
             set_keras_mask(output, query_mask)
-        return (output, scores) if return_attention_scores else output
+        results = (output,)
+        if return_attention_scores:
+            results += (self._axes.unfold_scores(scores, query, value),)
+        if cache is not None:
+            results += (operands.cache,)
+        return results if len(results) > 1 else output
 
-    def _attend(self, query, value, key, mask, bias, dropout, return_scores):
-        """Projects the inputs and lets every head attend."""
-        projected_query = self._normalized(
-            self.query_dense(query), self.query_norm_scale
-        )
-        projected_key = self._normalized(self.key_dense(key), self.key_norm_scale)
+    def _attend(self, operands, mask, bias, dropout, return_scores):
+        """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""
         result = dot_product_attention(
-            self._axes.fold(projected_query),
-            self._axes.fold(projected_key),
-            self._axes.fold(self.value_dense(value)),
+            operands.query,
+            operands.key,
+            operands.value,
             mask=mask,
             bias=bias,
+            position_bias=operands.position_bias,
             scale=self.scale,
             logit_soft_cap=self._logit_soft_cap,
             sink=self._sink_logits(),
@@ -485,11 +553,221 @@ class MultiHeadAttention(keras.layers.Layer):
             implementation=self._implementation(),
         )
         heads, scores = result if return_scores else (result, None)
-        heads = self._axes.unfold(heads, like=query)
+        heads = ops.cast(heads, self.compute_dtype)
+        if operands.new_tokens is not None:
+            heads = operands.new_tokens.refused(heads)
         if return_scores:
             scores = ops.cast(scores, self.compute_dtype)
-            scores = self._axes.unfold_scores(scores, query, value)
         return heads, scores
+
+    # ------------------------------------------------------------------ operands
+
+    def _operands(self, query, value, key, query_ids, key_ids) -> "_Operands":
+        """Projects the inputs and places them."""
+        query, key = self._rotated(
+            self._query_heads(query), self._key_heads(key), query_ids, key_ids
+        )
+        value = self._axes.fold(self.value_dense(value))
+        bias = self._position_bias(query_ids, key_ids)
+        return _Operands(query, key, value, bias)
+
+    def _operands_of_memory(self, query, cache, position_ids):
+        """Projects the query; key and value are in the cache, keys not rotated yet."""
+        query_ids, key_ids = self._given_ids(position_ids, query, cache["key"])
+        query, key = self._rotated(
+            self._query_heads(query), cache["key"], query_ids, key_ids
+        )
+        bias = self._position_bias(query_ids, key_ids)
+        mask = Padding(cache["mask"]) if "mask" in cache else None
+        return _Operands(query, key, cache["value"], bias, cache), mask
+
+    def _operands_with_cache(
+        self, query, value, key, cache, masks, position_ids, causal
+    ):
+        """Projects the new tokens and puts them into the cache."""
+        masks = [ops.cast(mask, "bool") for mask in masks if mask is not None]
+        valid = functools.reduce(ops.logical_and, masks) if masks else None
+        length = ops.shape(query)[1]
+        new = kv_cache.NewTokens(cache, length, valid, self._sliding_window)
+        ids = new.positions
+        if position_ids is not None:
+            ids, _ = self._given_ids(position_ids, query, value)
+        query, key = self._query_heads(query), self._key_heads(key)
+        value = self.value_dense(value)
+        if self._rotates_later:
+            step = new.write(key, value, causal)
+            query, key = self._rotated(query, step.key, ids, step.key_positions)
+        else:
+            query, key = self._rotated(query, key, ids, ids)
+            step = new.write(key, value, causal)
+            key = step.key
+        bias = self._position_bias(ids, step.key_positions)
+        operands = _Operands(query, key, step.value, bias, step.cache, new)
+        return operands, step.mask
+
+    def _query_heads(self, query: Tensor) -> Tensor:
+        heads = self._normalized(self.query_dense(query), self.query_norm_scale)
+        return self._axes.fold(heads)
+
+    def _key_heads(self, key: Tensor) -> Tensor:
+        heads = self._normalized(self.key_dense(key), self.key_norm_scale)
+        return self._axes.fold(heads)
+
+    # ------------------------------------------------------------------ positions
+
+    def _position_ids(self, position_ids, segment_ids, query, value):
+        """Returns where queries and keys stand; `None` for counting from 0."""
+        if self.position is None:
+            return None, None
+        if position_ids is not None:
+            return self._given_ids(position_ids, query, value)
+        if segment_ids is None:
+            return None, None
+        is_pair = isinstance(segment_ids, tuple | list)
+        ids = input_checks.checked_segment_ids(segment_ids, query.shape, value.shape)
+        query_ids = restarted(self._axes.fold_positions(ids[0]))
+        if not is_pair:
+            return query_ids, query_ids
+        return query_ids, restarted(self._axes.fold_positions(ids[1]))
+
+    def _given_ids(self, position_ids, query, value):
+        if position_ids is None:
+            return None, None
+        is_pair = isinstance(position_ids, tuple | list)
+        ids = checked_position_ids(
+            position_ids, self._axes, tuple(query.shape), tuple(value.shape)
+        )
+        query_ids = self._folded_ids(ids[0])
+        return query_ids, self._folded_ids(ids[1]) if is_pair else query_ids
+
+    def _folded_ids(self, ids: Tensor) -> Tensor:
+        """`(T,)` or the shape of an input without its features to `(B' or 1, T)`."""
+        if len(ids.shape) == 1:
+            return ids[None]
+        return self._axes.fold_positions(ids)
+
+    def _rotated(self, query, key, query_ids, key_ids):
+        if not isinstance(self.position, RotaryEmbedding):
+            return query, key
+        return self.position.rotate_both(query, key, query_ids, key_ids)
+
+    @property
+    def _rotates_later(self) -> bool:
+        """Whether a cache holds keys as they are before they are rotated."""
+        position = self.position
+        return isinstance(position, RotaryEmbedding) and position.depends_on_length
+
+    def _position_bias(self, query_ids, key_ids) -> Bias | None:
+        if not isinstance(self.position, PositionBias):
+            return None
+        return self.position.bias(query_ids, key_ids)
+
+    # ------------------------------------------------------------------ cache
+
+    def init_cache(
+        self,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        dtype: str | None = None,
+        *,
+        memory: Tensor | tuple[Tensor, Tensor] | None = None,
+        value_mask: Tensor | None = None,
+    ) -> Cache:
+        """Returns a cache, to be given to calls as `cache=`.
+
+        Either an empty one for self-attention, which the calls fill, or one of the
+        projected keys and values of a memory, for cross-attention.
+
+        Args:
+            batch_size: Rows of the batch, B.
+            max_length: How many tokens a row can get, L. With `sliding_window` never
+                more slots than its size are made, and once there are so many, rows can
+                get any number of tokens.
+            dtype: Of keys and values. Defaults to the layer's compute dtype.
+            memory: What is attended to: a tensor of shape `(B, S, D_v)`, or a pair
+                `(value, key)` of shapes `(B, S, D_v)` and `(B, S, D_k)`. The layer must
+                have been built.
+            value_mask: Booleans of shape `(B, S)`, `True` for real tokens of the
+                memory. Defaults to the Keras mask that the value carries.
+
+        Returns:
+            A dictionary of tensors: `"key"`, shape `(B, L, K, H)`, `"value"`, shape
+            `(B, L, K, V)`, and `"length"`, int32 of shape `(B,)`, zeros; of a memory
+            `"key"` and `"value"` with `S` for `L`, and `"mask"` if there is one.
+
+        Raises:
+            TypeError: If an argument is of a wrong type.
+            ValueError: If arguments for both kinds are given, or shapes do not fit.
+
+        Example:
+
+        >>> layer = keras_mha.MultiHeadAttention(num_heads=8, key_dim=64)
+        >>> cache = layer.init_cache(batch_size=2, max_length=100)
+        >>> x = keras.random.normal((2, 10, 512))
+        >>> output, cache = layer(x, cache=cache, use_causal_mask=True)
+        >>> output, cache = layer(x[:, :1], cache=cache, use_causal_mask=True)
+        >>> cache["length"]
+        [11, 11]
+        """
+        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
+        if "float" not in dtype:
+            raise TypeError(
+                "`dtype` of a cache must be a floating-point one. "
+                f"Received: dtype={dtype}"
+            )
+        if memory is not None:
+            if batch_size is not None or max_length is not None:
+                raise ValueError(
+                    "`memory` has a batch size and a length of its own. Received: "
+                    f"batch_size={batch_size}, max_length={max_length} beside `memory`"
+                )
+            return self._memory_cache(memory, value_mask, dtype)
+        if value_mask is not None:
+            raise ValueError("`value_mask` belongs to a `memory`, which is not given.")
+        batch_size = _checks.positive_integer("batch_size", batch_size)
+        slots = _checks.positive_integer("max_length", max_length)
+        if self._sliding_window is not None:
+            slots = min(slots, self._sliding_window)
+        widths = self._key_dim, self._value_dim
+        return kv_cache.empty(
+            batch_size, slots, self.num_key_value_heads, widths, dtype
+        )
+
+    def _memory_cache(self, memory, value_mask, dtype) -> Cache:
+        is_pair = isinstance(memory, tuple | list)
+        if is_pair and len(memory) != 2:
+            raise ValueError(
+                "`memory` must be a tensor or a pair (value, key). "
+                f"Received: {len(memory)} tensors"
+            )
+        value, key = memory if is_pair else (memory, memory)
+        if not self.built:
+            raise ValueError(
+                "`memory` can only be projected once the layer is built: call it, or "
+                "its `build(query_shape, value_shape)`, first."
+            )
+        if value_mask is None:
+            value_mask = get_keras_mask(value)
+        value, key = (
+            ops.cast(ops.convert_to_tensor(x), self.compute_dtype) for x in (value, key)
+        )
+        shapes = {"value": tuple(value.shape), "key": tuple(key.shape)}
+        input_checks.check_ranks(3, shapes)
+        input_checks.check_feature_widths(self._widths, shapes)
+        input_checks.check_input_shapes(self._axes, shapes["value"], *shapes.values())
+        cache = {
+            "key": ops.cast(self._key_heads(key), dtype),
+            "value": ops.cast(self.value_dense(value), dtype),
+        }
+        if value_mask is not None:
+            (value_mask,) = _from_lists(value_mask)
+            input_checks.check_positions_mask(
+                "value_mask", value_mask, "value", shapes["value"]
+            )
+            cache["mask"] = ops.cast(value_mask, "bool")
+        return cache
+
+    # ------------------------------------------------------------------ options
 
     def _normalized(self, heads: Tensor, scale: Tensor | None) -> Tensor:
         if self._qk_norm is None:
@@ -550,21 +828,24 @@ class MultiHeadAttention(keras.layers.Layer):
         key_mask,
         attention_mask,
         return_attention_scores,
+        training,
         use_causal_mask,
         attention_bias,
         segment_ids,
+        position_ids,
+        cache,
     ) -> None:
         _checks.boolean("return_attention_scores", return_attention_scores)
         _checks.boolean("use_causal_mask", use_causal_mask)
-        shapes = {"query": query.shape, "value": value.shape, "key": key.shape}
-        shapes = {name: tuple(shape) for name, shape in shapes.items()}
         axes = self._axes_of(query)
-        if self.built:
-            input_checks.check_ranks(axes.rank, shapes)
-            input_checks.check_feature_widths(self._widths, shapes)
-        else:  # a symbolic call may come before there are weights
-            input_checks.check_build_shapes(*shapes.values())
-        input_checks.check_input_shapes(axes, *shapes.values())
+        if cache is not None:
+            self._check_cache(cache, query, value, training, segment_ids, position_ids)
+        given = {"query": query, "value": value, "key": key}
+        is_memory = cache is not None and kv_cache.is_memory(cache)
+        if is_memory:
+            others = {"value_mask": value_mask, "key_mask": key_mask}
+            input_checks.check_none_beside_memory({**given, **others, "query": None})
+        shapes = self._check_inputs(axes, given, only_query=is_memory)
         for name, mask, owner in (
             ("query_mask", query_mask, "query"),
             ("value_mask", value_mask, "value"),
@@ -572,22 +853,91 @@ class MultiHeadAttention(keras.layers.Layer):
         ):
             if mask is not None:
                 input_checks.check_positions_mask(name, mask, owner, shapes[owner])
-        scores_shape = axes.scores_shape(
-            shapes["query"], shapes["value"], self._num_heads
-        )
+        keys_shape = shapes["value"] if cache is None else cache["key"].shape[:2]
+        scores_shape = axes.scores_shape(shapes["query"], keys_shape, self._num_heads)
         if attention_mask is not None:
             input_checks.check_attention_mask(attention_mask, axes, scores_shape)
         if attention_bias is not None:
             input_checks.check_attention_bias(attention_bias, scores_shape)
+        if cache is not None and kv_cache.is_ring(cache, self._sliding_window):
+            input_checks.check_none_beside_ring(attention_mask, attention_bias)
         if segment_ids is not None:
             input_checks.checked_segment_ids(
                 segment_ids, shapes["query"], shapes["value"]
             )
+        if position_ids is not None:
+            self._check_position_ids(position_ids, axes, shapes["query"], keys_shape)
         if self._flash_attention and return_attention_scores:
             raise ValueError(
                 "`return_attention_scores=True` needs all scores in memory, which "
                 "`flash_attention=True` forbids. Use `flash_attention=None`."
             )
+
+    def _check_inputs(self, axes, given, only_query) -> dict[str, Shape]:
+        """Checks the inputs and returns the shapes of those that take part."""
+        query, value, key = _filled(
+            *(None if x is None else x.shape for x in given.values())
+        )
+        shapes = {"query": query, "value": value, "key": key}
+        if only_query:
+            shapes = {"query": query}
+        if self.built:
+            input_checks.check_ranks(axes.rank, shapes)
+            input_checks.check_feature_widths(self._widths, shapes)
+        else:  # a symbolic call may come before there are weights
+            input_checks.check_build_shapes(query, value, key)
+        if not only_query:
+            input_checks.check_input_shapes(axes, query, value, key)
+        return shapes
+
+    def _check_cache(
+        self, cache, query, value, training, segment_ids, position_ids
+    ) -> None:
+        widths = self._key_dim, self._value_dim
+        kv_cache.check(cache, query.shape[0], self.num_key_value_heads, widths)
+        input_checks.check_cached_call(query, value, training, segment_ids)
+        if kv_cache.is_memory(cache):
+            return
+        length = query.shape[1]
+        slots = kv_cache.slots(cache)
+        if value is not None and not _checks.same(value.shape[1], length):
+            raise ValueError(
+                "With a `cache` of self-attention `value` must be as long as `query`, "
+                "both being the new tokens; a memory is given to "
+                "`init_cache(memory=...)`. Received: "
+                f"query of shape {query.shape}, value of shape {value.shape}"
+            )
+        is_ring = kv_cache.is_ring(cache, self._sliding_window)
+        if not is_ring and None not in (length, slots) and length > slots:
+            raise ValueError(
+                f"`cache` has room for max_length={slots} positions and cannot take "
+                f"{length}. Received: query of shape {tuple(query.shape)}"
+            )
+        if position_ids is None:
+            return
+        if self._rotates_later or isinstance(self.position, PositionBias):
+            raise ValueError(
+                "`position_ids` cannot be given beside a `cache` of self-attention "
+                "with a bias or a dynamic scaling for `position`: where the earlier "
+                "tokens stand is counted. Received: position_ids of shape "
+                f"{getattr(position_ids, 'shape', None)}"
+            )
+        if isinstance(position_ids, tuple | list):
+            raise ValueError(
+                "`position_ids` must be one tensor beside a `cache` of self-attention. "
+                f"Received: {len(position_ids)} tensors"
+            )
+
+    def _check_position_ids(self, position_ids, axes, query_shape, keys_shape) -> None:
+        if self.position is None:
+            raise ValueError(
+                "`position_ids` are for a layer made with `position=...`; this one has "
+                "no use of them."
+            )
+        is_pair = isinstance(position_ids, tuple | list)
+        if not is_pair:
+            keys_shape = query_shape  # with a cache the keys are the new tokens'
+        checked_position_ids(position_ids, axes, query_shape, keys_shape)
 
     # ------------------------------------------------------------------ symbolic
 
@@ -619,10 +969,10 @@ class MultiHeadAttention(keras.layers.Layer):
         *,
         attention_bias: Tensor | None = None,
         segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-    ) -> keras.KerasTensor | tuple[keras.KerasTensor, keras.KerasTensor]:
+        position_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
         """Returns what `call` would return, as placeholders."""
-        value = query if value is None else value
-        key = value if key is None else key
         query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
             query_mask, value_mask, key_mask, attention_mask, segment_ids
         )
@@ -635,21 +985,29 @@ class MultiHeadAttention(keras.layers.Layer):
             key_mask=key_mask,
             attention_mask=attention_mask,
             return_attention_scores=return_attention_scores,
+            training=training,
             use_causal_mask=use_causal_mask,
             attention_bias=attention_bias,
             segment_ids=segment_ids,
+            position_ids=position_ids,
+            cache=cache,
         )
+        value = query if value is None else value
         output = keras.KerasTensor(
-            self.compute_output_shape(query.shape, value.shape, key.shape),
+            (*query.shape[:-1], *(self._output_shape or query.shape[-1:])),
             dtype=(self.output_dense if self.built else self).compute_dtype,
         )
         if query_mask is not None:
             set_keras_mask(output, query_mask)
-        if not return_attention_scores:
-            return output
-        axes = self._axes_of(query)
-        scores = axes.scores_shape(query.shape, value.shape, self._num_heads)
-        return output, keras.KerasTensor(scores, dtype=self.compute_dtype)
+        results = (output,)
+        if return_attention_scores:
+            axes = self._axes_of(query)
+            keys_shape = value.shape if cache is None else cache["key"].shape[:2]
+            scores = axes.scores_shape(query.shape, keys_shape, self._num_heads)
+            results += (keras.KerasTensor(scores, dtype=self.compute_dtype),)
+        if cache is not None:
+            results += (kv_cache.like(cache),)
+        return results if len(results) > 1 else output
 
     def _axes_of(self, query: Tensor) -> AttentionAxes:
         if self.built:
@@ -686,7 +1044,18 @@ class MultiHeadAttention(keras.layers.Layer):
             for name, default in _BEYOND_KERAS.items()
             if getattr(self, f"_{name}") != default
         }
+        if self.position is not None:
+            beyond["position"] = keras.saving.serialize_keras_object(self.position)
         return {**super().get_config(), **config, **beyond, **self._dtype_config()}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MultiHeadAttention":
+        """Makes the layer that `get_config` described."""
+        config = dict(config)
+        if isinstance(config.get("position"), dict):
+            position = keras.saving.deserialize_keras_object(config["position"])
+            config["position"] = position
+        return super().from_config(config)
 
     def _dtype_config(self) -> dict[str, Any]:
         """The dtype policy with what `quantize()` has made of the projections."""
@@ -705,6 +1074,17 @@ class MultiHeadAttention(keras.layers.Layer):
             # By a pattern: the layer's path may be another one when it is loaded.
             policies[f".*/{dense.name}"] = dense.dtype_policy
         return {"dtype": keras.dtype_policies.serialize(policies)}
+
+
+class _Operands(NamedTuple):
+    """What the heads attend with: tensors `(B', length, heads, width)`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    position_bias: Bias | None = None
+    cache: Cache | None = None
+    new_tokens: kv_cache.NewTokens | None = None
 
 
 def _optional(check, name: str, value: Any) -> Any:

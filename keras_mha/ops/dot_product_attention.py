@@ -15,6 +15,7 @@ from keras_mha._keras import (
     is_float,
     is_symbolic,
 )
+from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.ops import planner
@@ -27,6 +28,7 @@ def dot_product_attention(
     *,
     mask: masks.Mask | Tensor | None = None,
     bias: Tensor | None = None,
+    position_bias: Bias | None = None,
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     sink: float | Tensor | None = None,
@@ -55,6 +57,8 @@ def dot_product_attention(
         bias: Floating-point numbers that broadcast to `(B, N, T, S)` as in NumPy and
             are added to the scaled scores. Minus infinity masks, as does all below
             -1e30.
+        position_bias: A bias object, such as `keras_mha.ALiBi(8).bias()`, which
+            kernels ask for a tile at a time.
         scale: Factor of the dot products. Defaults to `1 / sqrt(H)`.
         logit_soft_cap: Keeps the scores within plus and minus this number.
         sink: A logit that joins every softmax without a key or a value, so that the
@@ -104,10 +108,17 @@ def dot_product_attention(
         "implementation": implementation,
     }
     if any(is_symbolic(x) for x in (query, key, value, mask, bias, sink)):
+        if position_bias is not None:
+            raise ValueError(
+                "`position_bias` must be None in a Functional model, which does not "
+                "keep bias objects: use keras_mha.MultiHeadAttention(position=...). "
+                f"Received: position_bias={position_bias!r}"
+            )
         operation = DotProductAttention(**options)
         return operation.symbolic_call(
             query, key, value, mask=mask, bias=bias, sink=sink
         )
+    options["position_bias"] = position_bias
     return _attend(query, key, value, mask=mask, bias=bias, sink=sink, **options)
 
 
@@ -118,6 +129,7 @@ def plan_attention(
     *,
     mask: masks.Mask | Tensor | None = None,
     bias: Tensor | None = None,
+    position_bias: Bias | None = None,
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     sink: float | Tensor | None = None,
@@ -137,6 +149,7 @@ def plan_attention(
         value: As there, shape `(B, S, K, V)`.
         mask: As there.
         bias: As there.
+        position_bias: As there.
         scale: As there.
         logit_soft_cap: As there.
         sink: As there.
@@ -165,6 +178,7 @@ def plan_attention(
         value,
         mask=mask,
         bias=bias,
+        position_bias=position_bias,
         scale=scale,
         logit_soft_cap=logit_soft_cap,
         sink=sink,
@@ -198,9 +212,8 @@ class DotProductAttention(keras.Operation):
                 "keras_mha.MultiHeadAttention. "
                 f"Received: dropout={options['dropout']}"
             )
-        call = _checked_call(
-            query, key, value, mask=mask, bias=bias, sink=sink, **options
-        )
+        arguments = {"mask": mask, "bias": bias, "sink": sink, "position_bias": None}
+        call = _checked_call(query, key, value, **arguments, **options)
         planner.plan(call, implementation)
         shape, dtype = (*query.shape[:3], value.shape[-1]), call.query.dtype
         output = keras.KerasTensor(shape, dtype=dtype)
@@ -219,7 +232,8 @@ class DotProductAttention(keras.Operation):
 
 
 @backends.as_written
-def _attend(query, key, value, *, implementation, **arguments):
+def _attend(query, key, value, *, implementation, position_bias=None, **arguments):
+    arguments["position_bias"] = position_bias
     call = _checked_call(query, key, value, **arguments)
     output, scores = planner.plan(call, implementation).kernel(call)
     return (output, scores) if call.return_scores else output
@@ -232,6 +246,7 @@ def _checked_call(
     *,
     mask,
     bias,
+    position_bias,
     scale,
     logit_soft_cap,
     sink,
@@ -254,6 +269,7 @@ def _checked_call(
         value,
         mask=_as_mask(mask),
         bias=None if bias is None else _as_bias(bias),
+        position_bias=_checked_position_bias(position_bias),
         scale=_checks.number("scale", scale),
         logit_soft_cap=None
         if logit_soft_cap is None
@@ -275,7 +291,19 @@ def _checked_call(
             "`bias` must broadcast to the scores, (B, N, T, S) = "
             f"{call.scores_shape}. Received: bias of shape {tuple(bias.shape)}"
         )
+    if call.position_bias is not None:
+        call.position_bias.check(call.scores_shape)
     return call
+
+
+def _checked_position_bias(bias: Any) -> Bias | None:
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    raise TypeError(
+        "`position_bias` must be a bias object, such as `keras_mha.ALiBi(8).bias()`; a "
+        "tensor of numbers is a `bias`. "
+        f"Received: position_bias={bias!r} (of type {type(bias).__name__})"
+    )
 
 
 def _as_float_tensor(name: str, x: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
 
@@ -107,6 +108,18 @@ def is_length(x: Any) -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return jax.default_backend() == "cpu"
+
+
+def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
+    """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
+    `cotangent(y)` taken for constant."""
+    y, gradients = jax.vjp(function, *tensors)
+    return gradients(cotangent(y))
+
+
+def known(x: Any) -> np.ndarray | None:
+    """Returns the numbers of a tensor, or `None` while a program is only written."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 
 def with_gradient(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
@@ -116,6 +117,21 @@ def is_length(x: Any) -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return not tf.config.list_logical_devices("GPU")
+
+
+def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
+    """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
+    `cotangent(y)` taken for constant."""
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        y = function(*tensors)
+    found = tape.gradient(y, tensors, cotangent(y))
+    return tuple(tf.convert_to_tensor(gradient) for gradient in found)
+
+
+def known(x: Any) -> np.ndarray | None:
+    """Returns the numbers of a tensor, or `None` while a program is only written."""
+    return x.numpy() if tf.is_tensor(x) and hasattr(x, "numpy") else None
 
 
 def with_gradient(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
@@ -119,6 +120,22 @@ def is_length(x: Any) -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return x.device.type == "cpu"
+
+
+def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
+    """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
+    `cotangent(y)` taken for constant."""
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    with torch.enable_grad():
+        y = function(*inputs)
+    return torch.autograd.grad(y, inputs, cotangent(y.detach()))
+
+
+def known(x: Any) -> np.ndarray | None:
+    """Returns the numbers of a tensor, or `None` while a program is only written."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return None
+    return x.detach().cpu().numpy()
 
 
 # The compiler would unroll the loops over tiles: it runs them as they are.

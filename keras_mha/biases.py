@@ -1,0 +1,156 @@
+"""Biases as objects: what is added to the scores, answered a tile at a time.
+
+A bias that follows from where query and key stand needs no T x S numbers: a kernel asks
+for those of a `Tile`, as it asks a mask for its booleans, and passes gradients on to
+the weights that the bias holds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from keras_mha import _checks
+from keras_mha._keras import Shape, Tensor
+from keras_mha.masks import Tile
+
+
+class Bias:
+    """Base of all bias objects; a new one implements `block`.
+
+    Floating-point tensors in its attributes get gradients; NumPy arrays and plain
+    numbers are constants.
+    """
+
+    def block(self, tile: Tile) -> Tensor:
+        """Returns what is added to a tile of the scaled scores.
+
+        Args:
+            tile: The part of the scores. `tile.cut_heads` cuts out what belongs to its
+                heads.
+
+        Returns:
+            Floating-point numbers that broadcast to `(B, heads, rows, columns)`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `block(tile)`")
+
+    def check(self, scores_shape: Shape) -> None:
+        """Raises a `ValueError` if the bias does not fit scores of this shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where the queries and the keys of a call stand.
+
+    Args:
+        query: Whole numbers of shape `(B, T)` or `(1, T)`; `None` for 0 ... T - 1.
+        key: Whole numbers of shape `(B, S)` or `(1, S)`; `None` for 0 ... S - 1.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+    @property
+    def are_counted(self) -> bool:
+        """Whether both sides are counted from 0."""
+        return self.query is None and self.key is None
+
+    def distances(self, tile: Tile) -> Tensor:
+        """Key position minus query position, int32, `(B or 1, 1, rows, columns)`."""
+        if self.query is None:
+            rows = tile.row_indices[None, None]
+        else:
+            rows = tile.cut_rows(tile.cut_batch(self.query), 1)[:, None, :, None]
+        if self.key is None:
+            columns = tile.column_indices[None, None]
+        else:
+            columns = tile.cut_columns(tile.cut_batch(self.key), 1)[:, None, None, :]
+        return ops.cast(columns, "int32") - ops.cast(rows, "int32")
+
+    def check(self, scores_shape: Shape) -> None:
+        """Raises a `ValueError` if there are not as many as the scores have."""
+        batch, _, rows, columns = scores_shape
+        sides = ("query", self.query, rows), ("key", self.key, columns)
+        for name, positions, length in sides:
+            if positions is None:
+                continue
+            if not _checks.broadcasts_to(tuple(positions.shape), (batch, length)):
+                raise ValueError(
+                    f"The positions of the {name} must have the shape "
+                    f"{(batch, length)}. Received: shape {tuple(positions.shape)}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes(Bias):
+    """`-slope_n * |key position - query position|` for head n.
+
+    Args:
+        slopes: Float32 NumPy array of shape `(N,)`.
+        positions: Where queries and keys stand.
+    """
+
+    slopes: np.ndarray
+    positions: Positions = Positions()
+
+    def block(self, tile):
+        distances = ops.cast(ops.abs(self.positions.distances(tile)), "float32")
+        slopes = tile.cut_heads(ops.convert_to_tensor(self.slopes), 0)
+        return -slopes[:, None, None] * distances
+
+    def check(self, scores_shape):
+        _check_heads("ALiBi", len(self.slopes), scores_shape)
+        self.positions.check(scores_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class ByDistance(Bias):
+    """A number for each head and each distance; far distances share the last one.
+
+    Args:
+        values: Shape `(N, 2 M + 1)`: for the distances (key position minus query
+            position) `-M ... M`; what is farther counts as `-M` or `M`.
+        positions: Where queries and keys stand.
+    """
+
+    values: Tensor
+    positions: Positions = Positions()
+
+    def block(self, tile):
+        values = tile.cut_heads(self.values, 0)
+        if self.positions.are_counted:
+            return self._diagonals(values, tile)[None]
+        found = ops.take(values, self._index(self.positions.distances(tile)), axis=1)
+        return ops.transpose(found[:, :, 0], (1, 0, 2, 3))
+
+    def _index(self, distances):
+        most = self.values.shape[1] // 2
+        return ops.clip(distances, -most, most) + most
+
+    def _diagonals(self, values, tile):
+        """The same number all along a diagonal: looked up once for each of them."""
+        heads, rows, columns = ops.shape(values)[0], tile.rows, tile.columns
+        # Row 0's distances in a circle, after its last the ones left of its first: one
+        # step back at each row, which is what cutting rows one shorter does.
+        along = ops.arange(rows + columns, dtype="int32")
+        along = ops.where(along < columns, along, along - (rows + columns))
+        distances = along + ops.cast(tile.column - tile.row, "int32")
+        circle = ops.take(values, self._index(distances), axis=1)[:, None]
+        around = rows + columns
+        flat = ops.reshape(
+            ops.broadcast_to(circle, (heads, rows, around)), (heads, rows * around)
+        )
+        flat = flat[:, : rows * (around - 1)]
+        return ops.reshape(flat, (heads, rows, around - 1))[:, :, :columns]
+
+    def check(self, scores_shape):
+        _check_heads("RelativePositionBias", self.values.shape[0], scores_shape)
+        self.positions.check(scores_shape)
+
+
+def _check_heads(name: str, heads: int, scores_shape: Shape) -> None:
+    if heads != scores_shape[1]:
+        raise ValueError(
+            f"{name} has a bias for {heads} heads, and the scores have "
+            f"{scores_shape[1]} heads, (B, N, T, S) = {tuple(scores_shape)}."
+        )

@@ -1,0 +1,290 @@
+"""Position biases as Keras layers: added to a score for how far apart the two are."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mha import _checks
+from keras_mha._keras import Shape, Tensor
+from keras_mha.biases import Bias, ByDistance, Positions, Slopes
+from keras_mha.layers.position_ids import checked_ids
+from keras_mha.masks import whole_tile
+
+
+class PositionBias(keras.layers.Layer):
+    """Base of the layers whose bias follows from where query and key stand.
+
+    Args:
+        num_heads: Number of heads, N; filled in by the layer that holds it.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+    """
+
+    def __init__(self, num_heads: int | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        if num_heads is not None:
+            num_heads = _checks.positive_integer("num_heads", num_heads)
+        self.num_heads = num_heads
+
+    def set_heads(self, num_heads: int) -> None:
+        """Fills in the number of heads, or raises if it is another one already."""
+        if self.num_heads not in (None, num_heads):
+            raise ValueError(
+                f"`num_heads` of {type(self).__name__} must be that of the layer that "
+                f"it is given to. Received: num_heads={self.num_heads} and {num_heads}"
+            )
+        self.num_heads = num_heads
+
+    def bias(
+        self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
+    ) -> Bias:
+        """Returns the bias as an object that answers for any tile.
+
+        Args:
+            query_positions: Whole numbers of shape `(B, T)` or `(1, T)`; `None` for
+                `0 ... T - 1`.
+            key_positions: Whole numbers of shape `(B, S)` or `(1, S)`; `None` for
+                `0 ... S - 1`.
+        """
+        raise NotImplementedError
+
+    def call(
+        self, position_ids: Tensor, key_position_ids: Tensor | None = None
+    ) -> Tensor:
+        ids = self._checked_ids(position_ids, key_position_ids)
+        columns = ops.shape(ids[1])[1]
+        bias = self.bias(*ids).block(whole_tile(ops.shape(ids[0])[1], columns))
+        bias = ops.cast(bias, self.compute_dtype)
+        return bias if self._has_batch(position_ids, key_position_ids) else bias[0]
+
+    def _checked_ids(self, position_ids, key_position_ids):
+        if self.num_heads is None:
+            raise ValueError(
+                f"`num_heads` of {type(self).__name__} must be given when it is used "
+                "without a MultiHeadAttention. Received: num_heads=None"
+            )
+        if key_position_ids is None:
+            key_position_ids = position_ids
+        names = "position_ids", "key_position_ids"
+        given = position_ids, key_position_ids
+        return [
+            _with_batch(checked_ids(name, ids, (None, None)))
+            for name, ids in zip(names, given, strict=True)
+        ]
+
+    @staticmethod
+    def _has_batch(*ids) -> bool:
+        return any(each is not None and len(each.shape) == 2 for each in ids)
+
+    def compute_output_spec(
+        self, position_ids: Tensor, key_position_ids: Tensor | None = None
+    ) -> keras.KerasTensor:
+        ids = self._checked_ids(position_ids, key_position_ids)
+        rows, columns = (each.shape[-1] for each in ids)
+        shape: Shape = (self.num_heads, rows, columns)
+        if self._has_batch(position_ids, key_position_ids):
+            batches = [each.shape[0] for each in ids if each.shape[0] != 1]
+            shape = (batches[0] if batches else 1, *shape)
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, for `from_config`."""
+        return {**super().get_config(), "num_heads": self.num_heads}
+
+
+def _with_batch(ids: Tensor) -> Tensor:
+    return ids[None] if len(ids.shape) == 1 else ids
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class ALiBi(PositionBias):
+    """Attention with linear biases: the farther away a key, the lower its score.
+
+        bias = -slope_n * |key position - query position|
+
+    with a slope for each head that is set, not learned: `2^(-8n / N)` for head
+    n = 1 ... N where N is a power of two; else those of the power of two below, and
+    every second one of the power of two above. With a causal mask it is the paper's;
+    without one it is the symmetric form.
+
+    Args:
+        num_heads: Number of heads, N. Defaults to that of the `MultiHeadAttention`
+            that it is given to as `position=`.
+        **kwargs: `name` and `dtype`, as for any Keras layer.
+
+    Call arguments:
+        position_ids: Where the queries stand, whole numbers, shape `(T,)` or `(B, T)`.
+        key_position_ids: Where the keys stand, shape `(S,)` or `(B, S)`. Defaults to
+            `position_ids`.
+
+    Returns:
+        The bias, shape `(N, T, S)`, or `(B, N, T, S)` if positions have a batch axis,
+        in the layer's compute dtype.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If `num_heads` is missing, or not that of the layer that holds it.
+
+    Example:
+
+    >>> layer = keras_mha.MultiHeadAttention(8, key_dim=64, position=keras_mha.ALiBi())
+    >>> keras_mha.ALiBi(num_heads=8)(keras.ops.arange(10)).shape
+    (8, 10, 10)
+
+    References:
+        Press et al., 2022, Train short, test long: https://arxiv.org/abs/2108.12409
+    """
+
+    def __init__(self, num_heads: int | None = None, **kwargs: Any):
+        super().__init__(num_heads, **kwargs)
+        self.built = True  # it has no weights
+
+    @property
+    def slopes(self) -> np.ndarray:
+        """The heads' slopes, float32 NumPy array of shape `(N,)`."""
+        below = 2 ** int(math.log2(self.num_heads))
+        slopes = _slopes_of_power_of_two(below)
+        others = _slopes_of_power_of_two(2 * below)[::2][: self.num_heads - below]
+        return np.array(slopes + others, "float32")
+
+    def bias(
+        self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
+    ) -> Bias:
+        return Slopes(self.slopes, Positions(query_positions, key_positions))
+
+
+def _slopes_of_power_of_two(heads: int) -> list[float]:
+    return [2.0 ** (-8.0 * n / heads) for n in range(1, heads + 1)]
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class RelativePositionBias(PositionBias):
+    """T5's relative position bias: a learned number for each head and distance.
+
+    Distances (key position minus query position) share numbers in buckets: near ones
+    have one each, farther ones share it with ever more others, and all from
+    `max_distance` on share the last.
+
+    Args:
+        num_heads: Number of heads, N. Defaults to that of the `MultiHeadAttention`
+            that it is given to as `position=`.
+        num_buckets: Number of buckets; an even number if `bidirectional`.
+        max_distance: The distance from which on all share a bucket.
+        bidirectional: Whether keys before and after the query have buckets of their
+            own, half of them each; if not, those after share that of distance 0.
+        initializer: Initializer of the table.
+        **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
+
+    Call arguments:
+        position_ids: Where the queries stand, whole numbers, shape `(T,)` or `(B, T)`.
+        key_position_ids: Where the keys stand, shape `(S,)` or `(B, S)`. Defaults to
+            `position_ids`.
+
+    Returns:
+        The bias, shape `(N, T, S)`, or `(B, N, T, S)` if positions have a batch axis,
+        in the layer's compute dtype.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If `num_heads` is missing or not that of the layer that holds it, or
+            there are too few buckets.
+
+    Example:
+
+    >>> position = keras_mha.RelativePositionBias()
+    >>> layer = keras_mha.MultiHeadAttention(8, key_dim=64, position=position)
+    >>> keras_mha.RelativePositionBias(num_heads=8)(keras.ops.arange(10)).shape
+    (8, 10, 10)
+
+    References:
+        Raffel et al., 2020, T5: https://arxiv.org/abs/1910.10683
+    """
+
+    def __init__(
+        self,
+        num_heads: int | None = None,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+        initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ):
+        super().__init__(num_heads, **kwargs)
+        self.bidirectional = _checks.boolean("bidirectional", bidirectional)
+        least = 4 if self.bidirectional else 2
+        self.num_buckets = _checks.integer("num_buckets", num_buckets, least)
+        if self.bidirectional and self.num_buckets % 2:
+            raise ValueError(
+                "`num_buckets` must be even if `bidirectional`, half for each side. "
+                f"Received: num_buckets={num_buckets}"
+            )
+        self.max_distance = _checks.positive_integer("max_distance", max_distance)
+        if self.max_distance <= self._exact_buckets:
+            raise ValueError(
+                "`max_distance` must be more than the distances that have a bucket "
+                f"each, {self._exact_buckets}. Received: max_distance={max_distance}"
+            )
+        self._initializer = keras.initializers.get(initializer)
+
+    @property
+    def _buckets_a_side(self) -> int:
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    @property
+    def _exact_buckets(self) -> int:
+        return self._buckets_a_side // 2
+
+    def build(
+        self,
+        position_ids_shape: Shape | None = None,
+        key_position_ids_shape: Shape | None = None,
+    ) -> None:
+        """Makes the table, which depends on the number of heads only."""
+        if self.num_heads is None:
+            return  # the call says what is missing
+        self.table = self.add_weight(
+            name="table",
+            shape=(self.num_buckets, self.num_heads),
+            initializer=self._initializer,
+            autocast=False,  # it keeps its precision under a mixed policy
+        )
+        self.built = True
+
+    def buckets(self) -> np.ndarray:
+        """Returns the bucket of each distance from `-max_distance` to `max_distance`.
+
+        Distances are key position minus query position; what is farther is in the same
+        bucket as these last ones. Whole numbers of shape `(2 * max_distance + 1,)`.
+        """
+        distances = np.arange(-self.max_distance, self.max_distance + 1)
+        if self.bidirectional:
+            after = np.where(distances > 0, self._buckets_a_side, 0)
+            return after + self._bucket_of(abs(distances))
+        return self._bucket_of(np.maximum(-distances, 0))
+
+    def _bucket_of(self, distances):
+        exact, buckets = self._exact_buckets, self._buckets_a_side
+        # In float32, as the published code has it: that decides ties.
+        far = np.log(np.maximum(distances, 1).astype("float32") / np.float32(exact))
+        far = far / np.float32(math.log(self.max_distance / exact)) * (buckets - exact)
+        far = np.minimum(exact + far.astype("int32"), buckets - 1)
+        return np.where(distances < exact, distances, far).astype("int32")
+
+    def bias(
+        self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
+    ) -> Bias:
+        table = ops.convert_to_tensor(self.table)
+        values = ops.transpose(ops.take(table, self.buckets(), axis=0))
+        return ByDistance(values, Positions(query_positions, key_positions))
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, for `from_config`."""
+        return {
+            **super().get_config(),
+            "num_buckets": self.num_buckets,
+            "max_distance": self.max_distance,
+            "bidirectional": self.bidirectional,
+            "initializer": keras.initializers.serialize(self._initializer),
+        }

@@ -1,0 +1,261 @@
+"""Rotary position embedding as a Keras layer."""
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_mha import _checks
+from keras_mha._keras import Shape, Tensor, at_least_float32
+from keras_mha.layers.position_ids import checked_ids
+from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
+
+
+@keras.saving.register_keras_serializable(package="keras_mha")
+class RotaryEmbedding(keras.layers.Layer):
+    """Rotates pairs of features of queries and keys by where they stand.
+
+        angle_i = position * max_wavelength^(-2i / rotary_dim)
+        (x, y)  = (x cos(angle_i) - y sin(angle_i), y cos(angle_i) + x sin(angle_i))
+
+    for pair i, so that the dot product of a query and a key depends on how far they
+    stand apart, not on where. Given to a `MultiHeadAttention` as `position=`, it is
+    applied to the heads of query and key; it can also be called alone. Angles are
+    worked out in float32, correct to 1e-6 at any position, in half types too.
+
+    Args:
+        rotary_dim: How many features rotate, an even number, counted from the first;
+            the others pass through. Defaults to all.
+        interleaved: `False` pairs feature i with feature `i + rotary_dim / 2`
+            (GPT-NeoX, Llama), `True` pairs 2i with 2i + 1 (RoFormer, GPT-J).
+        max_wavelength: The base of the frequencies.
+        scaling: For texts longer than those of the training, a dictionary as Hugging
+            Face's configurations have it (`rope_scaling`): with the key `"rope_type"`,
+            one of `"linear"`, `"dynamic"` (NTK), `"yarn"` and `"llama3"`, and the keys
+            that belong to it. Defaults to `None`.
+        **kwargs: `name` and `dtype`, as for any Keras layer.
+
+    Call arguments:
+        inputs: Heads of queries or keys, floating point, shape `(B, T, N, H)`.
+        position_ids: Whole numbers of shape `(T,)` or `(B, T)`. Defaults to
+            `0 ... T - 1`.
+
+    Returns:
+        A tensor of the shape of `inputs`, in the layer's compute dtype.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If `rotary_dim` is odd or more than there are features, or `scaling`
+            lacks a key.
+
+    Example:
+
+    >>> rotary = keras_mha.RotaryEmbedding()
+    >>> layer = keras_mha.MultiHeadAttention(8, key_dim=64, position=rotary)
+    >>> rotary(keras.random.normal((2, 10, 8, 64))).shape
+    (2, 10, 8, 64)
+
+    References:
+        Su et al., 2021, RoFormer: https://arxiv.org/abs/2104.09864
+        Chen et al., 2023, "linear": https://arxiv.org/abs/2306.15595
+        Peng et al., 2023, "dynamic" (its section 3.3) and "yarn":
+            https://arxiv.org/abs/2309.00071
+        Llama Team, 2024, "llama3": https://arxiv.org/abs/2407.21783
+    """
+
+    def __init__(
+        self,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        max_wavelength: float = 10_000.0,
+        scaling: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.rotary_dim = None
+        if rotary_dim is not None:
+            self.rotary_dim = _checks.positive_integer("rotary_dim", rotary_dim)
+            _require_even("rotary_dim", self.rotary_dim)
+        self.interleaved = _checks.boolean("interleaved", interleaved)
+        self.max_wavelength = _checks.number("max_wavelength", max_wavelength)
+        if self.max_wavelength <= 1:
+            raise ValueError(
+                "`max_wavelength` must be above 1. "
+                f"Received: max_wavelength={max_wavelength}"
+            )
+        self._scaling = checked_scaling(scaling)
+        self.built = True  # it has no weights
+
+    @property
+    def scaling(self) -> dict[str, Any] | None:
+        """The scaling, with its kind under `"rope_type"`."""
+        return None if self._scaling is None else dict(self._scaling)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a longer text changes how far earlier positions are rotated."""
+        return self._scaling is not None and self._scaling["rope_type"] == "dynamic"
+
+    def check_width(self, width: int) -> None:
+        """Raises a `ValueError` unless heads of this width can be rotated."""
+        if self.rotary_dim is None:
+            _require_even("the width of a head (key_dim), all of which rotates,", width)
+        elif self.rotary_dim > width:
+            raise ValueError(
+                "`rotary_dim` must be at most the width of a head (key_dim). "
+                f"Received: rotary_dim={self.rotary_dim}, width {width}"
+            )
+
+    def call(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        self._check_inputs(inputs.shape)
+        if position_ids is not None:
+            shape = tuple(inputs.shape[:2])
+            position_ids = checked_ids("position_ids", position_ids, shape)
+            if len(position_ids.shape) == 1:
+                position_ids = position_ids[None]
+        return self.rotate(inputs, position_ids)
+
+    def compute_output_spec(
+        self, inputs: Tensor, position_ids: Tensor | None = None
+    ) -> keras.KerasTensor:
+        self._check_inputs(inputs.shape)
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def _check_inputs(self, shape: Shape) -> None:
+        if len(shape) != 4:
+            raise ValueError(
+                "`inputs` must have the shape (B, T, N, H): batch, positions, heads, "
+                f"width. Received: inputs of shape {tuple(shape)}"
+            )
+        self.check_width(shape[-1])
+
+    def rotate(self, heads: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """Rotates heads `(B, T, N, H)`, which keep their dtype.
+
+        Args:
+            heads: Of queries or keys.
+            position_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`.
+        """
+        ids = _counted(heads) if position_ids is None else position_ids
+        return self._rotated(heads, *self._cos_and_sin(ids, heads, self._length(ids)))
+
+    def rotate_both(
+        self,
+        query: Tensor,
+        key: Tensor,
+        query_ids: Tensor | None = None,
+        key_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Rotates the heads of queries and keys, by the same frequencies.
+
+        Args:
+            query: Shape `(B, T, N, H)`.
+            key: Shape `(B, S, K, H)`.
+            query_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`.
+            key_ids: Shape `(B, S)` or `(1, S)`; `None` for `0 ... S - 1`.
+        """
+        lengths = query.shape[1], key.shape[1]
+        alike = query_ids is key_ids and lengths[0] == lengths[1] is not None
+        query_ids = _counted(query) if query_ids is None else query_ids
+        key_ids = _counted(key) if key_ids is None else key_ids
+        length = self._length(query_ids, key_ids)
+        turn = self._cos_and_sin(query_ids, query, length)
+        query = self._rotated(query, *turn)
+        if not alike:
+            turn = self._cos_and_sin(key_ids, key, length)
+        return query, self._rotated(key, *turn)
+
+    def _length(self, *position_ids: Tensor) -> Tensor | None:
+        """Returns each row's length, float32, `(B or 1,)`, if that is asked for."""
+        if not self.depends_on_length:
+            return None
+        last = ops.max(position_ids[0], axis=1)
+        for ids in position_ids[1:]:
+            last = ops.maximum(last, ops.max(ids, axis=1))
+        return ops.cast(last + 1, "float32")
+
+    def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        dtype, width = heads.dtype, self.rotary_dim or heads.shape[-1]
+        x = at_least_float32(heads[..., :width])
+        if self.interleaved:
+            first, second = x[..., ::2], x[..., 1::2]
+        else:
+            first, second = x[..., : width // 2], x[..., width // 2 :]
+        rotated = (first * cos - second * sin, second * cos + first * sin)
+        if self.interleaved:
+            x = ops.reshape(ops.stack(rotated, axis=-1), ops.shape(x))
+        else:
+            x = ops.concatenate(rotated, axis=-1)
+        x = ops.cast(x, dtype)
+        if width == heads.shape[-1]:
+            return x
+        return ops.concatenate([x, heads[..., width:]], axis=-1)
+
+    def _cos_and_sin(self, position_ids, heads, length):
+        """Cosine and sine of the angles, float32, shape `(B or 1, T, 1, width / 2)`."""
+        width = self.rotary_dim or heads.shape[-1]
+        radians, factor = frequencies(width, self.max_wavelength, self._scaling)
+        if length is None:
+            angles = _angles(position_ids, radians)
+        else:
+            # As exact as float32 is: these frequencies are known only now.
+            slower = self._dynamic_frequencies(radians, width, length)
+            angles = ops.cast(position_ids, "float32")[..., None] * slower
+        angles = angles[:, :, None, :]
+        return ops.cos(angles) * factor, ops.sin(angles) * factor
+
+    def _dynamic_frequencies(self, radians, width, length):
+        """Radians a position for texts of these lengths, `(B or 1, 1, width / 2)`."""
+        factor = self._scaling["factor"]
+        trained = self._scaling["original_max_position_embeddings"]
+        stretch = factor * ops.maximum(length, trained) / trained - (factor - 1.0)
+        exponents = ops.convert_to_tensor(slow_down(width).astype("float32"))
+        slower = ops.exp(-exponents * ops.log(stretch)[:, None])
+        return slower[:, None] * ops.convert_to_tensor(radians.astype("float32"))
+
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
+        """Returns the shape of the inputs."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, for `from_config`."""
+        return {
+            **super().get_config(),
+            "rotary_dim": self.rotary_dim,
+            "interleaved": self.interleaved,
+            "max_wavelength": self.max_wavelength,
+            "scaling": self.scaling,
+        }
+
+
+def _counted(heads: Tensor) -> Tensor:
+    return ops.arange(ops.shape(heads)[1], dtype="int32")[None]
+
+
+def _angles(position_ids: Tensor, radians: np.ndarray) -> Tensor:
+    """Position times frequency, without whole turns, float32, `(B or 1, T, pairs)`.
+
+    Far from 0 the product is too large for float32. In units of 2^-32 of a turn whole
+    turns are what 32-bit integers drop by themselves, so that the product with the
+    frequency's whole units is exact, and what is left of the frequency is small.
+    """
+    units = radians / (2 * math.pi) * 2.0**32
+    whole = np.round(units)
+    rest = (units - whole).astype("float32")
+    whole = ((whole + 2**31) % 2**32 - 2**31).astype("int32")
+    whole, rest = ops.convert_to_tensor(whole), ops.convert_to_tensor(rest)
+    position_ids = ops.cast(position_ids, "int32")[..., None]
+    units = ops.cast(position_ids * whole, "float32")
+    units = units + ops.cast(position_ids, "float32") * rest
+    return units * (2 * math.pi / 2**32)
+
+
+def _require_even(name: str, width: int) -> None:
+    if width % 2:
+        raise ValueError(
+            f"`rotary_dim` must be even, since features rotate in pairs. Received: "
+            f"{name} = {width}"
+        )

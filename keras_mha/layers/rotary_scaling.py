@@ -1,0 +1,159 @@
+"""How fast each pair of features rotates, and how that is scaled for longer texts.
+
+A scaling is a dictionary with the keys that Hugging Face's configurations use
+(`rope_scaling`), so that one can be taken over as it stands.
+
+References:
+    Su et al., 2021, RoFormer: https://arxiv.org/abs/2104.09864
+    Chen et al., 2023, Position interpolation ("linear"):
+        https://arxiv.org/abs/2306.15595
+    bloc97, 2023, NTK-aware scaled RoPE ("dynamic"), as in Peng et al., appendix A
+    Peng et al., 2023, YaRN ("yarn"): https://arxiv.org/abs/2309.00071
+    Llama Team, 2024, The Llama 3 herd of models ("llama3"):
+        https://arxiv.org/abs/2407.21783
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from keras_mha import _checks
+
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
+_OPTIONAL = {
+    "yarn": (
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    )
+}
+
+
+def checked_scaling(scaling: Any) -> dict[str, Any] | None:
+    """Returns a scaling as a dictionary of Python's own numbers, or raises."""
+    if scaling is None:
+        return None
+    if not isinstance(scaling, dict):
+        raise TypeError(
+            "`scaling` must be a dictionary such as "
+            "{'rope_type': 'linear', 'factor': 4.0}. "
+            f"Received: scaling={scaling!r} (of type {type(scaling).__name__})"
+        )
+    given = dict(scaling)
+    kind = given.pop("rope_type", given.pop("type", None))
+    given.pop("type", None)  # some configurations have both names
+    _checks.choice("scaling['rope_type']", kind, tuple(_REQUIRED))
+    _check_keys(kind, given)
+    checked = {"rope_type": kind}
+    for name, value in given.items():
+        if name == "truncate":
+            checked[name] = _checks.boolean(f"scaling[{name!r}]", value)
+        elif value is not None:
+            checked[name] = _checks.positive_number(f"scaling[{name!r}]", value)
+    if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:
+        raise ValueError(
+            "`scaling['low_freq_factor']` must be below `scaling['high_freq_factor']`. "
+            f"Received: scaling={scaling}"
+        )
+    return checked
+
+
+def _check_keys(kind: str, given: dict[str, Any]) -> None:
+    required, optional = _REQUIRED[kind], _OPTIONAL.get(kind, ())
+    missing = [name for name in required if given.get(name) is None]
+    unknown = [name for name in given if name not in required + optional]
+    if missing or unknown:
+        raise ValueError(
+            f"`scaling` with rope_type={kind!r} must have the keys {list(required)}"
+            f"{f' and may have {list(optional)}' if optional else ''}. "
+            f"Missing: {missing}. Unknown: {unknown}"
+        )
+
+
+def frequencies(width: int, wavelength: float, scaling: dict[str, Any] | None):
+    """Returns how far each pair of features rotates a position, and a factor.
+
+    Args:
+        width: Number of features that rotate.
+        wavelength: The base: pair i rotates by `wavelength^(-2i / width)` unscaled.
+        scaling: What `checked_scaling` returned.
+
+    Returns:
+        Radians a position, float64 NumPy array of shape `(width / 2,)`, and the factor
+        of cosine and sine. For `"dynamic"` those of short texts.
+    """
+    plain = wavelength ** -(np.arange(0, width, 2) / width)
+    kind = scaling["rope_type"] if scaling else "default"
+    if kind == "linear":
+        return plain / scaling["factor"], 1.0
+    if kind == "yarn":
+        return _yarn(plain, width, wavelength, scaling), _yarn_factor(scaling)
+    if kind == "llama3":
+        return _llama3(plain, scaling), 1.0
+    return plain, 1.0
+
+
+def slow_down(width: int) -> np.ndarray:
+    """Returns the exponents by which "dynamic" slows the pairs down.
+
+    With a base of `wavelength * s^(width / (width - 2))` pair i rotates
+    `s^(-2i / (width - 2))` times as far.
+    """
+    return np.arange(0, width, 2) / max(width - 2, 1)
+
+
+def _yarn(plain, width, wavelength, scaling):
+    """Fast pairs stay, slow ones are slowed down, and between it goes linearly."""
+    length = scaling["original_max_position_embeddings"]
+
+    def pair_of(rotations):
+        """The pair, a real number, that rotates so often within the length."""
+        ratio = math.log(length / (rotations * 2 * math.pi)) / math.log(wavelength)
+        return width * ratio / 2
+
+    first = pair_of(scaling.get("beta_fast", 32.0))
+    last = pair_of(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 0.001
+    slowed = np.clip((np.arange(width // 2) - first) / (last - first), 0.0, 1.0)
+    return plain * (1 - slowed) + plain / scaling["factor"] * slowed
+
+
+def _yarn_factor(scaling):
+    if "attention_factor" in scaling:
+        return scaling["attention_factor"]
+
+    def factor(multiplier):
+        if scaling["factor"] <= 1:
+            return 1.0
+        return 0.1 * multiplier * math.log(scaling["factor"]) + 1.0
+
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        return factor(scaling["mscale"]) / factor(scaling["mscale_all_dim"])
+    return factor(1.0)
+
+
+def _llama3(plain, scaling):
+    """As YaRN, with the bounds told by how often a pair rotates within the length."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    rotations = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
+    return plain * kept + plain / scaling["factor"] * (1 - kept)
