@@ -93,6 +93,8 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
     batch, rows, heads, width = ops.shape(query)
     columns, groups = ops.shape(key)[1:3]
+    if query.shape[1] == 1:
+        return _one_query_dot_key(query, key)
     if groups == heads:
         return ops.einsum("...tnh,...snh->...nts", query, key)
     query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
@@ -105,8 +107,38 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     value = ops.cast(value, weights.dtype)
     batch, heads, rows, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
+    if weights.shape[2] == 1:
+        return _values_of_one_query(weights, value)
     if groups == heads:
         return ops.einsum("...nts,...snv->...tnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     output = ops.einsum("bkgts,bskv->btkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))
+
+
+# A single query, as in decoding, has so little to compute that bringing keys and values
+# into the order of a product per head would take most of the time. They stay as they
+# lie, heads side by side in one product, and what heads say of others' keys is dropped.
+
+
+def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:
+    """`(B, 1, N, H), (B, S, K, H) -> (B, N, 1, S)`."""
+    batch, _, heads, width = ops.shape(query)
+    columns, groups = ops.shape(key)[1:3]
+    query = ops.reshape(query, (batch, 1, groups, heads // groups, width))
+    own = ops.reshape(ops.eye(groups, dtype=query.dtype), (groups, groups, 1, 1))
+    query = ops.transpose(query * own, (0, 1, 4, 2, 3))  # others' features are 0
+    query = ops.reshape(query, (batch, groups * width, heads))
+    logits = ops.matmul(ops.reshape(key, (batch, columns, groups * width)), query)
+    return ops.transpose(logits, (0, 2, 1))[:, :, None]
+
+
+def _values_of_one_query(weights: Tensor, value: Tensor) -> Tensor:
+    """`(B, N, 1, S), (B, S, K, V) -> (B, 1, N, V)`."""
+    batch, heads, _, columns = ops.shape(weights)
+    groups, width = ops.shape(value)[2:]
+    value = ops.reshape(value, (batch, columns, groups * width))
+    output = ops.matmul(weights[:, :, 0], value)
+    output = ops.reshape(output, (batch, groups, heads // groups, groups, width))
+    own = ops.reshape(ops.eye(groups, dtype=output.dtype), (groups, 1, groups, 1))
+    return ops.reshape(ops.sum(output * own, axis=3), (batch, 1, heads, width))

@@ -153,13 +153,8 @@ class NewTokens:
         if self.valid is not None:
             new = {name: self._valid_first(x) for name, x in new.items()}
         positions = slot_positions(self.after, self.slots)
-        source = positions - self.before[:, None]
-        is_new = (source >= 0)[:, :, None, None]
-        source = ops.clip(source, 0, self.count - 1)[:, :, None, None]
-        cache = {
-            name: ops.where(is_new, _picked(x, source), old[name])
-            for name, x in new.items()
-        }
+        put = self._put_one if self._is_one_token else self._put_many
+        cache = {name: put(x, old[name], positions) for name, x in new.items()}
         cache["length"] = self.after
         seen, is_counted = cache, self.known_before is not None
         is_counted = is_counted and not self.known_before.any()
@@ -169,6 +164,23 @@ class NewTokens:
             is_counted = False
         mask = Seen(self.positions, positions, causal, self.window, is_counted)
         return Step(seen["key"], seen["value"], positions, mask, cache)
+
+    def _put_one(self, x: Tensor, old: Tensor, positions: Tensor) -> Tensor:
+        """Puts one token of each row into its slot: in place, where a compiler can."""
+        slot = ops.mod(self.before, self.slots)
+        if self.valid is not None or self.fits is not None:
+            held = ops.take_along_axis(old, slot[:, None, None, None], axis=1)
+            is_added = self.after > self.before
+            x = ops.where(is_added[:, None, None, None], x, held)
+        row = ops.arange(ops.shape(slot)[0], dtype="int32")
+        return ops.scatter_update(old, ops.stack([row, slot], axis=1), x[:, 0])
+
+    def _put_many(self, x: Tensor, old: Tensor, positions: Tensor) -> Tensor:
+        """Puts tokens `(B, T, K, width)` into the slots of their positions."""
+        source = positions - self.before[:, None]
+        is_new = (source >= 0)[:, :, None, None]
+        source = ops.clip(source, 0, self.count - 1)[:, :, None, None]
+        return ops.where(is_new, ops.take_along_axis(x, source, axis=1), old)
 
     @property
     def _is_one_token(self) -> bool:
@@ -191,12 +203,6 @@ class NewTokens:
         order = ops.sort(ops.where(self.valid, index, self.count), axis=1)
         order = ops.minimum(order, self.count - 1)
         return ops.take_along_axis(x, order[:, :, None, None], axis=1)
-
-
-def _picked(x: Tensor, source: Tensor) -> Tensor:
-    if x.shape[1] == 1:  # one token: it broadcasts to all slots
-        return x
-    return ops.take_along_axis(x, source, axis=1)
 
 
 def slot_positions(length: Tensor, slots: int) -> Tensor:
