@@ -74,10 +74,12 @@ class Positions:
         for name, positions, length in sides:
             if positions is None:
                 continue
-            if not _checks.broadcasts_to(tuple(positions.shape), (batch, length)):
+            shape = tuple(positions.shape)
+            fits = len(shape) == 2 and _checks.broadcasts_to(shape, (batch, length))
+            if not fits:
                 raise ValueError(
                     f"The positions of the {name} must have the shape "
-                    f"{(batch, length)}. Received: shape {tuple(positions.shape)}"
+                    f"{(batch, length)}. Received: shape {shape}"
                 )
 
 

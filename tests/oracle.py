@@ -11,6 +11,7 @@ or key head, V width of a value head, D width of an input, E width of the output
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -238,6 +239,258 @@ def _float64(array: Any) -> Array:
 
 
 # ----------------------------------------------------------------------------------
+# Positions
+# ----------------------------------------------------------------------------------
+
+
+def rotary(
+    x: Array,
+    positions: Array | None = None,
+    *,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    max_wavelength: float = 10_000.0,
+    scaling: Mapping[str, Any] | None = None,
+    lengths: Array | None = None,
+) -> Array:
+    """Rotary position embedding (Su et al., 2021) of heads (B, T, N, H).
+
+    With d = rotary_dim (all H features by default), position p turns pair i, of d/2,
+
+        x_a -> m (x_a cos(p w_i) - x_b sin(p w_i))
+        x_b -> m (x_a sin(p w_i) + x_b cos(p w_i))
+
+    where (a, b) = (i, i + d/2), or (2i, 2i + 1) if interleaved. The frequencies w_i and
+    the factor m are those of `rotary_frequencies`. Features from d on stay as they are.
+
+    `positions` is (T,) or (B, T), 0..T-1 by default. `lengths` (B,) is what "dynamic"
+    scaling takes for each row's length: its largest position + 1 by default.
+    """
+    x = _float64(x)
+    batch, tokens, _, width = x.shape
+    dim = width if rotary_dim is None else rotary_dim
+    positions = np.arange(tokens) if positions is None else np.asarray(positions)
+    positions = np.broadcast_to(positions, (batch, tokens))
+    if lengths is None:
+        lengths = positions.max(axis=1) + 1
+
+    turned = x.copy()
+    for b in range(batch):
+        frequencies, m = rotary_frequencies(dim, max_wavelength, scaling, lengths[b])
+        for i in range(dim // 2):
+            one, other = (2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2)
+            for t in range(tokens):
+                angle = float(positions[b, t]) * frequencies[i]
+                cos, sin = np.cos(angle), np.sin(angle)
+                x_a, x_b = x[b, t, :, one], x[b, t, :, other]
+                turned[b, t, :, one] = m * (x_a * cos - x_b * sin)
+                turned[b, t, :, other] = m * (x_a * sin + x_b * cos)
+    return turned
+
+
+def rotary_frequencies(
+    dim: int,
+    max_wavelength: float = 10_000.0,
+    scaling: Mapping[str, Any] | None = None,
+    length: float = 0,
+) -> tuple[Array, float]:
+    """The frequencies w_i (dim/2,) and the factor m on cos and sin.
+
+    With d = dim, W = max_wavelength, f = factor, L = original_max_position_embeddings,
+    and v_i = W^(-2i/d) the frequencies without scaling:
+
+    "default": w_i = v_i.
+
+    "linear" (Chen et al., 2023): w_i = v_i / f, as if positions were p / f.
+
+    "dynamic" (NTK-aware, by the length n so far): w_i = W'^(-2i/d) with
+
+        W' = W (f n / L - (f - 1))^(d / (d - 2))          for n > L; else W' = W
+
+    "llama3" (Llama 3.1): by how often pair i turns in L positions, r_i = L v_i / 2 pi,
+
+        w_i = v_i                                 if r_i > high_freq_factor
+        w_i = v_i / f                             if r_i < low_freq_factor
+        w_i = (1 - s) v_i / f + s v_i             between,
+              s = (r_i - low_freq_factor) / (high_freq_factor - low_freq_factor)
+
+    "yarn" (Peng et al., 2023): between v_i and v_i / f by a ramp over i. The pair that
+    turns r times in L positions would have the index c(r), from r = L W^(-2c/d) / 2 pi:
+
+        c(r) = d ln(L / (2 pi r)) / (2 ln W)
+        low  = max(floor(c(beta_fast)), 0),   high = min(ceil(c(beta_slow)), d - 1)
+        g_i  = clip((i - low) / (high - low), 0, 1)
+        w_i  = g_i v_i / f + (1 - g_i) v_i
+
+    without floor and ceil if truncate is false; where high = low, high is 0.001 more.
+    m = attention_factor if it is given; else M(mscale) / M(mscale_all_dim) if both are;
+    else M(1), with M(k) = 0.1 k ln f + 1, and 1 for f <= 1. In all others m = 1.
+    """
+    i = np.arange(dim // 2)
+    plain = max_wavelength ** (-2.0 * i / dim)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return plain, 1.0
+
+    factor = scaling["factor"]
+    if kind == "linear":
+        return plain / factor, 1.0
+
+    original = scaling["original_max_position_embeddings"]
+    if kind == "dynamic":
+        if length <= original:
+            return plain, 1.0
+        stretch = factor * length / original - (factor - 1)
+        base = max_wavelength * stretch ** (dim / (dim - 2))
+        return base ** (-2.0 * i / dim), 1.0
+
+    if kind == "llama3":
+        few, many = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        frequencies = np.zeros(dim // 2)
+        for pair in i:
+            turns = original * plain[pair] / (2 * np.pi)
+            # 0 up to `few` turns, 1 from `many` on.
+            kept = min(max((turns - few) / (many - few), 0.0), 1.0)
+            frequencies[pair] = kept * plain[pair] + (1 - kept) * plain[pair] / factor
+        return frequencies, 1.0
+
+    assert kind == "yarn", kind
+
+    def pair_that_turns(times: float) -> float:
+        ratio = original / (2 * np.pi * times)
+        return dim * np.log(ratio) / (2 * np.log(max_wavelength))
+
+    low = pair_that_turns(scaling.get("beta_fast", 32))
+    high = pair_that_turns(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = np.floor(low), np.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if high == low:
+        high += 0.001
+    ramp = np.clip((i - low) / (high - low), 0.0, 1.0)
+
+    def magnitude(k: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * k * np.log(factor) + 1.0
+
+    m = scaling.get("attention_factor")
+    if m is None:
+        k, k_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        m = magnitude(k) / magnitude(k_all) if k and k_all else magnitude(1)
+    return ramp * plain / factor + (1 - ramp) * plain, m
+
+
+def alibi_slopes(heads: int) -> Array:
+    """The slopes of Press et al. (2022), (heads,).
+
+    For a power of two: 2^(-8/n), 2^(-16/n), ..., 2^-8. For other numbers of heads those
+    of the power of two below, and then every second one (the first, the third, ...) of
+    the power of two above, as many as are missing.
+    """
+    below = 1
+    while 2 * below <= heads:
+        below *= 2
+    slopes = [2.0 ** (-8.0 * (n + 1) / below) for n in range(below)]
+    above = [2.0 ** (-8.0 * (n + 1) / (2 * below)) for n in range(2 * below)]
+    return np.array(slopes + above[0::2][: heads - below])
+
+
+def alibi_bias(slopes: Array, query_positions: Array, key_positions: Array) -> Array:
+    """-slope_n |p_i - p_j|: (N, T, S), or (B, N, T, S) if either has a batch axis."""
+    distance = np.abs(_distances(query_positions, key_positions))
+    return -_float64(slopes)[:, None, None] * distance[..., None, :, :]
+
+
+def relative_position_bucket(
+    distance: int,
+    num_buckets: int = 32,
+    max_distance: int = 128,
+    bidirectional: bool = True,
+) -> int:
+    """T5's bucket (Raffel et al., 2020) of distance = key position - query position.
+
+    Bidirectional: half of the buckets, from num_buckets / 2 on, are for keys that come
+    later, half for the others. One-sided: all are for keys at or before the query, and
+    later ones count as distance 0. Of the m buckets of a side, the first e = m // 2
+    hold the distances 0 .. e-1, one each. The others split e .. max_distance evenly on
+    a logarithmic scale, and the last one holds all that is further. For n >= e:
+
+        e + floor(ln(n / e) / ln(max_distance / e) (m - e)),   at most m - 1
+
+    The floor is found in whole numbers: it is the largest b for which
+    (n / e)^(m - e) >= (max_distance / e)^b.
+    """
+    m = num_buckets // 2 if bidirectional else num_buckets
+    first = m if bidirectional and distance > 0 else 0
+    n = abs(distance) if bidirectional else max(-distance, 0)
+    e = m // 2
+    if n < e:
+        return first + n
+    b = 0
+    while e + b < m - 1 and Fraction(n, e) ** (m - e) >= Fraction(max_distance, e) ** (
+        b + 1
+    ):
+        b += 1
+    return first + e + b
+
+
+def relative_position_buckets(
+    query_positions: Array, key_positions: Array, **options: Any
+) -> Array:
+    """The bucket of every query and key, (T, S) or (B, T, S)."""
+    distances = _distances(query_positions, key_positions).astype(int)
+    known = {
+        d: relative_position_bucket(int(d), **options) for d in set(distances.flat)
+    }
+    return np.vectorize(known.__getitem__, otypes=[int])(distances)
+
+
+def relative_position_bias(
+    table: Array, query_positions: Array, key_positions: Array, **options: Any
+) -> Array:
+    """table[bucket_ij, n]: (N, T, S), or (B, N, T, S) if either has a batch axis.
+
+    `options` are those of `relative_position_bucket` but num_buckets, which is the
+    number of the table's rows.
+    """
+    table = _float64(table)
+    buckets = relative_position_buckets(
+        query_positions, key_positions, num_buckets=table.shape[0], **options
+    )
+    return np.moveaxis(table[buckets], -1, -3)
+
+
+def relative_position_table_gradient(
+    bias_gradient: Array, buckets: Array, num_buckets: int
+) -> Array:
+    """From the gradient of the bias (B, N, T, S): its sum over each bucket's places."""
+    batch, heads, queries, keys = bias_gradient.shape
+    buckets = np.broadcast_to(buckets, (batch, queries, keys))
+    found = np.zeros((num_buckets, heads))
+    for bucket in range(num_buckets):
+        for n in range(heads):
+            found[bucket, n] = bias_gradient[:, n][buckets == bucket].sum()
+    return found
+
+
+def restarted_positions(segment_ids: Array) -> Array:
+    """0, 1, 2, ... along each row of (B, T), from 0 again where the id changes."""
+    segment_ids = np.asarray(segment_ids)
+    positions = np.zeros(segment_ids.shape, dtype=int)
+    for b in range(segment_ids.shape[0]):
+        for t in range(1, segment_ids.shape[1]):
+            if segment_ids[b, t] == segment_ids[b, t - 1]:
+                positions[b, t] = positions[b, t - 1] + 1
+    return positions
+
+
+def _distances(query_positions: Array, key_positions: Array) -> Array:
+    """p_j - p_i: (T, S), or (B, T, S) where either has a batch axis."""
+    query_positions, key_positions = _float64(query_positions), _float64(key_positions)
+    return key_positions[..., None, :] - query_positions[..., :, None]
+
+
+# ----------------------------------------------------------------------------------
 # The layer
 # ----------------------------------------------------------------------------------
 
@@ -255,6 +508,7 @@ def multi_head_attention(
     attention_mask: Array | None = None,
     attention_bias: Array | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
+    position_ids: Array | tuple[Array, Array] | None = None,
     use_causal_mask: bool = False,
 ) -> tuple[Array, Array]:
     """The whole layer on (B, T, D) queries, (B, S, D') values, (B, S, D'') keys.
@@ -263,6 +517,7 @@ def multi_head_attention(
 
         Q, K, V = query W_q + b_q, key W_k + b_k, value W_v + b_v     a head at a time
         Q, K    = qk_norm(Q), qk_norm(K)                              if asked for
+        Q, K    = rotary(Q), rotary(K)                                if asked for
         O       = dot_product_attention(Q, K, V, ...)
         O       = O * sigmoid(query W_g + b_g)                        if asked for
         output  = O W_o + b_o                                         over heads and V
@@ -271,8 +526,14 @@ def multi_head_attention(
     (D', K, V), "output_kernel" (N, V, *E) and, where the layer has them,
     "query_bias" (N, H), "key_bias" (K, H), "value_bias" (K, V), "output_bias" (*E),
     "gate_kernel" (D, N, V), "gate_bias" (N, V), "query_norm" (H,), "key_norm" (H,),
-    "sink" (N,). `config` holds the layer's arguments by their public names; one that
-    is missing has its default. `value` None is self-attention; `key` None is `value`.
+    "sink" (N,), "position_table" (num_buckets, N). `config` holds the layer's arguments
+    by their public names; one that is missing has its default. `value` None is
+    self-attention; `key` None is `value`.
+
+    `config["position"]` is plain data: {"kind": "rotary", ...} with the options of
+    `rotary`; {"kind": "alibi"}; or {"kind": "relative", ...} with the options of
+    `relative_position_bucket`. The biases of the last two are added to
+    `attention_bias`. `position_ids` are those of `all_positions`.
 
     Returns the output (B, T, *E) and the scores (B, N, T, S).
     """
@@ -288,6 +549,30 @@ def multi_head_attention(
     epsilon = config.get("qk_norm_epsilon", 1e-6)
     query_heads = normalize(query_heads, kind, epsilon, weights.get("query_norm"))
     key_heads = normalize(key_heads, kind, epsilon, weights.get("key_norm"))
+
+    query_positions, key_positions = all_positions(
+        query.shape[:2], key.shape[:2], position_ids, segment_ids
+    )
+    position = dict(config.get("position") or {"kind": None})
+    bias, position_kind = attention_bias, position.pop("kind")
+    if position_kind == "rotary":
+        # Both sides turn by the same frequencies, so scores know p_j - p_i alone.
+        furthest = np.maximum(query_positions.max(axis=1), key_positions.max(axis=1))
+        position["lengths"] = furthest + 1
+        query_heads = rotary(query_heads, query_positions, **position)
+        key_heads = rotary(key_heads, key_positions, **position)
+    elif position_kind is not None:
+        if position_kind == "alibi":
+            slopes = alibi_slopes(query_heads.shape[2])
+            added = alibi_bias(slopes, query_positions, key_positions)
+        else:
+            assert position_kind == "relative", position_kind
+            position["table"] = weights["position_table"]
+            position.pop("num_buckets", None)
+            added = relative_position_bias(
+                query_positions=query_positions, key_positions=key_positions, **position
+            )
+        bias = added if bias is None else added + _float64(bias)
 
     scale = config.get("scale")
     if scale is None:
@@ -312,7 +597,7 @@ def multi_head_attention(
             use_causal_mask=use_causal_mask,
             sliding_window=config.get("sliding_window"),
         ),
-        bias=attention_bias,
+        bias=bias,
         scale=scale,
         logit_soft_cap=config.get("logit_soft_cap"),
         sink=sink,
@@ -355,6 +640,31 @@ def normalize(
         assert kind == "rms", kind
     mean_square = (heads**2).mean(axis=-1, keepdims=True)
     return heads / np.sqrt(mean_square + epsilon) * _float64(gain)
+
+
+def all_positions(
+    query_shape: tuple[int, int],
+    key_shape: tuple[int, int],
+    position_ids: Array | tuple[Array, Array] | None = None,
+    segment_ids: Array | tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """The positions of the queries (B, T) and of the keys (B, S).
+
+    `position_ids` if given, one array for both or a pair, each (T,) or (B, T); else
+    counted anew from 0 in every segment; else 0..T-1 and 0..S-1.
+    """
+    found = []
+    for side, shape in enumerate((query_shape, key_shape)):
+        if position_ids is not None:
+            pair = isinstance(position_ids, tuple)
+            positions = np.asarray(position_ids[side] if pair else position_ids)
+        elif segment_ids is not None:
+            pair = isinstance(segment_ids, tuple)
+            positions = restarted_positions(segment_ids[side] if pair else segment_ids)
+        else:
+            positions = np.arange(shape[1])
+        found.append(np.broadcast_to(positions, shape))
+    return found[0], found[1]
 
 
 def combined_mask(

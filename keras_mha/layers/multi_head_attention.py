@@ -905,7 +905,8 @@ class MultiHeadAttention(keras.layers.Layer):
                 "With a `cache` of self-attention `value` must be as long as `query`, "
                 "both being the new tokens; a memory is given to "
                 "`init_cache(memory=...)`. Received: "
-                f"query of shape {query.shape}, value of shape {value.shape}"
+                f"query of shape {tuple(query.shape)}, "
+                f"value of shape {tuple(value.shape)}"
             )
         is_ring = kv_cache.is_ring(cache, self._sliding_window)
         if not is_ring and None not in (length, slots) and length > slots:

@@ -227,6 +227,7 @@ class RelativePositionBias(PositionBias):
                 f"each, {self._exact_buckets}. Received: max_distance={max_distance}"
             )
         self._initializer = keras.initializers.get(initializer)
+        self._buckets = tuple(self._all_buckets().tolist())
 
     @property
     def _buckets_a_side(self) -> int:
@@ -252,12 +253,16 @@ class RelativePositionBias(PositionBias):
         )
         self.built = True
 
-    def buckets(self) -> np.ndarray:
-        """Returns the bucket of each distance from `-max_distance` to `max_distance`.
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The bucket of each distance from `-max_distance` to `max_distance`.
 
         Distances are key position minus query position; what is farther is in the same
-        bucket as these last ones. Whole numbers of shape `(2 * max_distance + 1,)`.
+        bucket as these last ones.
         """
+        return self._buckets
+
+    def _all_buckets(self) -> np.ndarray:
         distances = np.arange(-self.max_distance, self.max_distance + 1)
         if self.bidirectional:
             after = np.where(distances > 0, self._buckets_a_side, 0)
@@ -276,7 +281,8 @@ class RelativePositionBias(PositionBias):
         self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
     ) -> Bias:
         table = ops.convert_to_tensor(self.table)
-        values = ops.transpose(ops.take(table, self.buckets(), axis=0))
+        buckets = ops.convert_to_tensor(self._buckets, dtype="int32")
+        values = ops.transpose(ops.take(table, buckets, axis=0))
         return ByDistance(values, Positions(query_positions, key_positions))
 
     def get_config(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_mha import _checks
@@ -87,6 +86,7 @@ class RotaryEmbedding(keras.layers.Layer):
                 f"Received: max_wavelength={max_wavelength}"
             )
         self._scaling = checked_scaling(scaling)
+        self._known_frequencies = (None,)
         self.built = True  # it has no weights
 
     @property
@@ -197,7 +197,7 @@ class RotaryEmbedding(keras.layers.Layer):
     def _cos_and_sin(self, position_ids, heads, length):
         """Cosine and sine of the angles, float32, shape `(B or 1, T, 1, width / 2)`."""
         width = self.rotary_dim or heads.shape[-1]
-        radians, factor = frequencies(width, self.max_wavelength, self._scaling)
+        radians, factor = self._frequencies(width)
         if length is None:
             angles = _angles(position_ids, radians)
         else:
@@ -207,14 +207,20 @@ class RotaryEmbedding(keras.layers.Layer):
         angles = angles[:, :, None, :]
         return ops.cos(angles) * factor, ops.sin(angles) * factor
 
+    def _frequencies(self, width):
+        if self._known_frequencies[0] != width:
+            radians, factor = frequencies(width, self.max_wavelength, self._scaling)
+            self._known_frequencies = width, tuple(radians), factor
+        return self._known_frequencies[1:]
+
     def _dynamic_frequencies(self, radians, width, length):
         """Radians a position for texts of these lengths, `(B or 1, 1, width / 2)`."""
         factor = self._scaling["factor"]
         trained = self._scaling["original_max_position_embeddings"]
         stretch = factor * ops.maximum(length, trained) / trained - (factor - 1.0)
-        exponents = ops.convert_to_tensor(slow_down(width).astype("float32"))
+        exponents = ops.convert_to_tensor(slow_down(width), dtype="float32")
         slower = ops.exp(-exponents * ops.log(stretch)[:, None])
-        return slower[:, None] * ops.convert_to_tensor(radians.astype("float32"))
+        return slower[:, None] * ops.convert_to_tensor(radians, dtype="float32")
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Returns the shape of the inputs."""
@@ -235,18 +241,19 @@ def _counted(heads: Tensor) -> Tensor:
     return ops.arange(ops.shape(heads)[1], dtype="int32")[None]
 
 
-def _angles(position_ids: Tensor, radians: np.ndarray) -> Tensor:
+def _angles(position_ids: Tensor, radians: tuple[float, ...]) -> Tensor:
     """Position times frequency, without whole turns, float32, `(B or 1, T, pairs)`.
 
     Far from 0 the product is too large for float32. In units of 2^-32 of a turn whole
     turns are what 32-bit integers drop by themselves, so that the product with the
     frequency's whole units is exact, and what is left of the frequency is small.
     """
-    units = radians / (2 * math.pi) * 2.0**32
-    whole = np.round(units)
-    rest = (units - whole).astype("float32")
-    whole = ((whole + 2**31) % 2**32 - 2**31).astype("int32")
-    whole, rest = ops.convert_to_tensor(whole), ops.convert_to_tensor(rest)
+    units = [each / (2 * math.pi) * 2.0**32 for each in radians]
+    whole = [round(each) for each in units]
+    rest = [each - near for each, near in zip(units, whole, strict=True)]
+    whole = [(near + 2**31) % 2**32 - 2**31 for near in whole]
+    whole = ops.convert_to_tensor(whole, dtype="int32")
+    rest = ops.convert_to_tensor(rest, dtype="float32")
     position_ids = ops.cast(position_ids, "int32")[..., None]
     units = ops.cast(position_ids * whole, "float32")
     units = units + ops.cast(position_ids, "float32") * rest

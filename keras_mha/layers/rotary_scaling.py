@@ -16,8 +16,6 @@ References:
 import math
 from typing import Any
 
-import numpy as np
-
 from keras_mha import _checks
 
 _REQUIRED = {
@@ -61,9 +59,11 @@ def checked_scaling(scaling: Any) -> dict[str, Any] | None:
     _check_keys(kind, given)
     checked = {"rope_type": kind}
     for name, value in given.items():
+        if value is None:
+            continue
         if name == "truncate":
             checked[name] = _checks.boolean(f"scaling[{name!r}]", value)
-        elif value is not None:
+        elif value or name not in ("mscale", "mscale_all_dim"):  # 0 stands for none
             checked[name] = _checks.positive_number(f"scaling[{name!r}]", value)
     if kind == "llama3" and checked["low_freq_factor"] >= checked["high_freq_factor"]:
         raise ValueError(
@@ -85,7 +85,13 @@ def _check_keys(kind: str, given: dict[str, Any]) -> None:
         )
 
 
-def frequencies(width: int, wavelength: float, scaling: dict[str, Any] | None):
+# Python's own floats from here on: NumPy's would be traced, and rounded to float32, by
+# torch.compile.
+
+
+def frequencies(
+    width: int, wavelength: float, scaling: dict[str, Any] | None
+) -> tuple[list[float], float]:
     """Returns how far each pair of features rotates a position, and a factor.
 
     Args:
@@ -94,13 +100,13 @@ def frequencies(width: int, wavelength: float, scaling: dict[str, Any] | None):
         scaling: What `checked_scaling` returned.
 
     Returns:
-        Radians a position, float64 NumPy array of shape `(width / 2,)`, and the factor
+        Radians a position, one number for each of the `width / 2` pairs, and the factor
         of cosine and sine. For `"dynamic"` those of short texts.
     """
-    plain = wavelength ** -(np.arange(0, width, 2) / width)
+    plain = [wavelength ** (-2 * i / width) for i in range(width // 2)]
     kind = scaling["rope_type"] if scaling else "default"
     if kind == "linear":
-        return plain / scaling["factor"], 1.0
+        return [radians / scaling["factor"] for radians in plain], 1.0
     if kind == "yarn":
         return _yarn(plain, width, wavelength, scaling), _yarn_factor(scaling)
     if kind == "llama3":
@@ -108,13 +114,13 @@ def frequencies(width: int, wavelength: float, scaling: dict[str, Any] | None):
     return plain, 1.0
 
 
-def slow_down(width: int) -> np.ndarray:
+def slow_down(width: int) -> list[float]:
     """Returns the exponents by which "dynamic" slows the pairs down.
 
     With a base of `wavelength * s^(width / (width - 2))` pair i rotates
     `s^(-2i / (width - 2))` times as far.
     """
-    return np.arange(0, width, 2) / max(width - 2, 1)
+    return [2 * i / max(width - 2, 1) for i in range(width // 2)]
 
 
 def _yarn(plain, width, wavelength, scaling):
@@ -133,8 +139,8 @@ def _yarn(plain, width, wavelength, scaling):
     first, last = max(first, 0), min(last, width - 1)
     if first == last:
         last += 0.001
-    slowed = np.clip((np.arange(width // 2) - first) / (last - first), 0.0, 1.0)
-    return plain * (1 - slowed) + plain / scaling["factor"] * slowed
+    kept = [1 - _between(i, first, last) for i in range(len(plain))]
+    return _slowed(plain, kept, scaling["factor"])
 
 
 def _yarn_factor(scaling):
@@ -154,6 +160,20 @@ def _yarn_factor(scaling):
 def _llama3(plain, scaling):
     """As YaRN, with the bounds told by how often a pair rotates within the length."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    rotations = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return plain * kept + plain / scaling["factor"] * (1 - kept)
+    length = scaling["original_max_position_embeddings"]
+    rotations = [length * radians / (2 * math.pi) for radians in plain]
+    kept = [_between(number, low, high) for number in rotations]
+    return _slowed(plain, kept, scaling["factor"])
+
+
+def _between(x, low, high):
+    """0 up to `low`, 1 from `high` on, and linear between the two."""
+    return min(max((x - low) / (high - low), 0.0), 1.0)
+
+
+def _slowed(plain, kept, factor):
+    """Divides by the factor what is not kept of each frequency."""
+    return [
+        radians * share + radians / factor * (1 - share)
+        for radians, share in zip(plain, kept, strict=True)
+    ]

@@ -1,0 +1,429 @@
+"""Wrong use of positions and of the cache raises early and says what is wrong."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha import ALiBi, RelativePositionBias, RotaryEmbedding
+from tests.helpers import to_numpy, to_tensor
+
+
+def floats(*shape):
+    return to_tensor(np.random.default_rng(0).normal(size=shape))
+
+
+def booleans(*shape):
+    return to_tensor(np.ones(shape, "bool"))
+
+
+def integers(*shape):
+    return to_tensor(np.zeros(shape, "int32"))
+
+
+def made(**arguments):
+    return keras_mha.MultiHeadAttention(**{"num_heads": 4, "key_dim": 8, **arguments})
+
+
+def construct(**arguments):
+    return lambda: made(**arguments)
+
+
+def rotary(*inputs, ids=None, **arguments):
+    return lambda: RotaryEmbedding(**arguments)(*inputs, position_ids=ids)
+
+
+def call(*inputs, position=RotaryEmbedding, layer=None, **arguments):
+    """Calls a layer that attends from (2, 5, 16) to (2, 7, 12), or as given."""
+    inputs = inputs or (floats(2, 5, 16), floats(2, 7, 12))
+    return lambda: made(position=position and position(), **(layer or {}))(
+        *inputs, **arguments
+    )
+
+
+def scaled(**scaling):
+    return lambda: RotaryEmbedding(scaling=scaling)
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+LLAMA3 = {
+    **YARN,
+    "rope_type": "llama3",
+    "low_freq_factor": 4.0,
+    "high_freq_factor": 1.0,
+}
+
+# Each line: a name, the wrong use, the error, and what its message must say, in order.
+POSITIONS = [
+    ("a class", construct(position=RotaryEmbedding), TypeError, "position.*not its cl"),
+    ("a name", construct(position="rotary"), TypeError, "position.*Rotary.*'rotary'"),
+    ("odd rotary_dim", rotary(rotary_dim=3), ValueError, "rotary_dim.*even.*3"),
+    (
+        "odd heads",
+        construct(key_dim=7, position=RotaryEmbedding()),
+        ValueError,
+        "rotary_dim.*even.*key_dim.*7",
+    ),
+    (
+        "more rotary_dim than features",
+        construct(position=RotaryEmbedding(10)),
+        ValueError,
+        "rotary_dim.*at most.*rotary_dim=10, width 8",
+    ),
+    ("no rotary_dim", rotary(rotary_dim=0), ValueError, "rotary_dim.*at least 1.*0"),
+    ("rotary_dim float", rotary(rotary_dim=4.0), TypeError, "rotary_dim.*4.0"),
+    ("wavelength 1", rotary(max_wavelength=1), ValueError, "max_wavelength.*above 1"),
+    ("interleaved text", rotary(interleaved="y"), TypeError, "interleaved.*'y'"),
+    ("scaling a number", rotary(scaling=2.0), TypeError, "scaling.*dictionary.*2.0"),
+    ("no kind", scaled(factor=2.0), ValueError, "rope_type.*'linear'.*None"),
+    ("unknown kind", scaled(rope_type="ntk"), ValueError, "'dynamic'.*'ntk'"),
+    ("no factor", scaled(rope_type="linear"), ValueError, r"Missing: \['factor'\]"),
+    (
+        "unknown key",
+        scaled(rope_type="linear", factor=2.0, beta=1),
+        ValueError,
+        r"Unknown: \['beta'\]",
+    ),
+    ("factor 0", scaled(rope_type="linear", factor=0), ValueError, "factor.*above 0"),
+    ("no length", scaled(rope_type="dynamic", factor=2.0), ValueError, "Missing.*orig"),
+    ("llama's bounds", scaled(**LLAMA3), ValueError, "low_freq_factor.*below"),
+    ("yarn's truncate", scaled(**YARN, truncate="no"), TypeError, "truncate.*'no'"),
+    ("three axes", rotary(floats(2, 5, 8)), ValueError, "inputs.*B, T, N, H.*2, 5, 8"),
+    (
+        "ids of another length",
+        rotary(floats(2, 5, 4, 8), ids=integers(6)),
+        ValueError,
+        r"position_ids.*\(5,\).*\(2, 5\).*\(6,\)",
+    ),
+    ("no heads", lambda: ALiBi()(integers(5)), ValueError, "num_heads of ALiBi|ALiBi"),
+    ("heads 0", lambda: ALiBi(0), ValueError, "num_heads.*at least 1"),
+    (
+        "other heads",
+        construct(position=ALiBi(8)),
+        ValueError,
+        "num_heads.*ALiBi.*num_heads=8 and 4",
+    ),
+    (
+        "other heads than the scores'",
+        lambda: keras_mha.dot_product_attention(
+            *[floats(2, 5, 4, 8)] * 3, position_bias=ALiBi(3).bias()
+        ),
+        ValueError,
+        "ALiBi.*3 heads.*4 heads",
+    ),
+    (
+        "a tensor for a bias object",
+        lambda: keras_mha.dot_product_attention(
+            *[floats(2, 5, 4, 8)] * 3, position_bias=floats(5, 5)
+        ),
+        TypeError,
+        "position_bias.*`bias`",
+    ),
+    (
+        "positions of a bias object without batch",
+        lambda: keras_mha.dot_product_attention(
+            *[floats(2, 5, 4, 8)] * 3, position_bias=ALiBi(4).bias(integers(5))
+        ),
+        ValueError,
+        r"positions of the query.*\(2, 5\).*\(5,\)",
+    ),
+    ("odd buckets", lambda: RelativePositionBias(4, 7), ValueError, "buckets.*even.*7"),
+    ("few buckets", lambda: RelativePositionBias(4, 2), ValueError, "buckets.*least 4"),
+    (
+        "near max_distance",
+        lambda: RelativePositionBias(4, 32, 8),
+        ValueError,
+        "max_distance.*more than.*8.*max_distance=8",
+    ),
+    (
+        "several axes",
+        construct(attention_axes=(1, 2), position=ALiBi()),
+        ValueError,
+        r"position.*one axis.*\(1, 2\)",
+    ),
+    (
+        "several axes of an image",
+        call(floats(2, 3, 4, 16)),
+        ValueError,
+        r"position.*one axis.*attention_axes=\(1, 2\)",
+    ),
+    (
+        "ids of neither side",
+        call(position_ids=integers(6)),
+        ValueError,
+        r"position_ids.*\(5,\) or \(2, 5\).*pair.*\(6,\)",
+    ),
+    (
+        "ids of one side only",
+        call(position_ids=integers(2, 5)),
+        ValueError,
+        r"position_ids.*\(7,\) or \(2, 7\).*pair.*\(2, 5\)",
+    ),
+    (
+        "ids of another batch",
+        call(position_ids=(integers(3, 5), integers(7))),
+        ValueError,
+        r"position_ids.*\(2, 5\).*\(3, 5\)",
+    ),
+    ("three ids", call(position_ids=(integers(5),) * 3), ValueError, "pair.*3 tensors"),
+    ("ids floats", call(position_ids=floats(5)), TypeError, "position_ids.*whole.*flo"),
+    ("ids text", call(position_ids="first"), TypeError, "position_ids.*'first'"),
+    (
+        "ids without position",
+        call(position=None, position_ids=integers(5)),
+        ValueError,
+        "position_ids.*made with `position",
+    ),
+]
+
+
+def with_cache(
+    *inputs, layer=None, cache=None, batch_size=2, max_length=9, change=None, **call
+):
+    """Calls a layer with a cache, made as given and then changed."""
+
+    def run():
+        attention = made(**(layer or {}))
+        given = cache
+        if given is None:
+            given = attention.init_cache(batch_size, max_length)
+        given = {**given, **(change or {})} if isinstance(given, dict) else given
+        return attention(*(inputs or (floats(2, 5, 16),)), cache=given, **call)
+
+    return run
+
+
+def init_cache(*arguments, layer=None, built=False, **keywords):
+    def run():
+        attention = made(**(layer or {}))
+        if built:
+            attention.build((None, None, 16), (None, None, 12))
+        return attention.init_cache(*arguments, **keywords)
+
+    return run
+
+
+def with_memory(**arguments):
+    def run():
+        layer = made()
+        layer.build((None, None, 16), (None, None, 12))
+        return layer(
+            floats(2, 5, 16),
+            cache=layer.init_cache(memory=floats(2, 7, 12)),
+            **arguments,
+        )
+
+    return run
+
+
+WINDOW = {"sliding_window": 4}
+CACHE = [
+    ("training", with_cache(training=True), ValueError, "cache.*training=True"),
+    (
+        "another batch",
+        with_cache(batch_size=3),
+        ValueError,
+        r"cache\['key'\].*\(2, 9, 4, 8\).*\(3, 9, 4, 8\)",
+    ),
+    (
+        "other heads",
+        with_cache(layer={"num_key_value_heads": 2}, cache=made().init_cache(2, 9)),
+        ValueError,
+        r"cache\['key'\].*\(2, 9, 2, 8\).*\(2, 9, 4, 8\)",
+    ),
+    (
+        "another width",
+        with_cache(cache=made(value_dim=5).init_cache(2, 9)),
+        ValueError,
+        r"cache\['value'\].*\(2, 9, 4, 8\).*\(2, 9, 4, 5\)",
+    ),
+    (
+        "whole numbers",
+        with_cache(change={"key": integers(2, 9, 4, 8)}),
+        TypeError,
+        r"cache\['key'\].*floating-point.*int32",
+    ),
+    (
+        "length a float",
+        with_cache(change={"length": floats(2)}),
+        TypeError,
+        r"cache\['length'\].*int32.*float32",
+    ),
+    (
+        "one length for all",
+        with_cache(change={"length": integers(1)}),
+        ValueError,
+        r"cache\['length'\].*\(2,\).*\(1,\)",
+    ),
+    ("a tuple", with_cache(cache=(floats(2), floats(2))), ValueError, "cache.*tuple"),
+    (
+        "no value",
+        with_cache(cache={"key": floats(2, 9, 4, 8)}),
+        ValueError,
+        r"cache.*'key', 'length', 'value'.*\['key'\]",
+    ),
+    (
+        "longer than the cache",
+        with_cache(max_length=4),
+        ValueError,
+        "cache.*max_length=4 positions.*5",
+    ),
+    (
+        "a memory as value",
+        with_cache(floats(2, 5, 16), floats(2, 7, 12)),
+        ValueError,
+        r"cache.*value.*as long as.*memory.*\(2, 7, 12\)",
+    ),
+    (
+        "segments",
+        with_cache(segment_ids=integers(2, 5)),
+        ValueError,
+        "segment_ids.*cache",
+    ),
+    (
+        "images",
+        with_cache(floats(2, 3, 4, 16), layer={"attention_axes": 1}),
+        ValueError,
+        r"cache.*one axis of positions.*\(2, 3, 4, 16\)",
+    ),
+    (
+        "mask of a ring",
+        with_cache(layer=WINDOW, attention_mask=booleans(5, 4)),
+        ValueError,
+        "attention_mask.*sliding_window",
+    ),
+    (
+        "bias of a ring",
+        with_cache(layer=WINDOW, attention_bias=floats(5, 4)),
+        ValueError,
+        "attention_bias.*sliding_window",
+    ),
+    (
+        "mask of the tokens only",
+        with_cache(attention_mask=booleans(5, 5)),
+        ValueError,
+        r"attention_mask.*\(2, 4, 5, 9\).*\(5, 5\)",
+    ),
+    (
+        "ids beside ALiBi",
+        with_cache(layer={"position": ALiBi()}, position_ids=integers(5)),
+        ValueError,
+        "position_ids.*cache.*counted",
+    ),
+    (
+        "a pair of ids",
+        with_cache(
+            layer={"position": RotaryEmbedding()},
+            position_ids=(integers(5), integers(5)),
+        ),
+        ValueError,
+        "position_ids.*one tensor.*2 tensors",
+    ),
+    (
+        "linear memory and scores",
+        with_cache(layer={"flash_attention": True}, return_attention_scores=True),
+        ValueError,
+        "return_attention_scores.*flash_attention",
+    ),
+    (
+        "a memory twice",
+        with_memory(value=floats(2, 7, 12)),
+        ValueError,
+        "memory.*value",
+    ),
+    (
+        "a memory's mask too late",
+        with_memory(value_mask=booleans(2, 7)),
+        ValueError,
+        "memory.*init_cache.*value_mask",
+    ),
+    ("no batch size", init_cache(), TypeError, "batch_size.*integer.*None"),
+    ("no length", init_cache(2), TypeError, "max_length.*integer.*None"),
+    ("length 0", init_cache(2, 0), ValueError, "max_length.*at least 1.*0"),
+    ("dtype int", init_cache(2, 9, "int8"), TypeError, "dtype.*floating-point.*int8"),
+    ("dtype text", init_cache(2, 9, "half"), (TypeError, ValueError), "half"),
+    (
+        "a memory of an unbuilt layer",
+        init_cache(memory=floats(2, 7, 12)),
+        ValueError,
+        "memory.*built",
+    ),
+    (
+        "both kinds",
+        init_cache(2, memory=floats(2, 7, 12), built=True),
+        ValueError,
+        "memory.*batch_size=2",
+    ),
+    (
+        "a memory of another width",
+        init_cache(memory=floats(2, 7, 16), built=True),
+        ValueError,
+        r"value.*12 features.*\(2, 7, 16\)",
+    ),
+    (
+        "a memory of three",
+        init_cache(memory=(floats(2, 7, 12),) * 3, built=True),
+        ValueError,
+        "memory.*pair.*3 tensors",
+    ),
+    (
+        "key and value of other lengths",
+        init_cache(memory=(floats(2, 7, 12), floats(2, 6, 12)), built=True),
+        ValueError,
+        r"value.*key.*\(2, 7, 12\).*\(2, 6, 12\)",
+    ),
+    (
+        "a mask of another length",
+        init_cache(memory=floats(2, 7, 12), value_mask=booleans(2, 6), built=True),
+        ValueError,
+        r"value_mask.*\(2, 7\).*\(2, 6\)",
+    ),
+    (
+        "a mask without a memory",
+        init_cache(2, 9, value_mask=booleans(2, 9)),
+        ValueError,
+        "value_mask.*memory",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong_use", "error", "message"),
+    [pytest.param(*line[1:], id=line[0]) for line in POSITIONS + CACHE],
+)
+def test_wrong_use_says_what_is_wrong(wrong_use, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        wrong_use()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"position_ids": ((6,), "int32")}, r"position_ids.*\(None, 6\)"),
+        ({"position_ids": ((5,), "float32")}, "position_ids.*whole.*float32"),
+    ],
+)
+def test_a_functional_model_says_it_while_it_is_made(arguments, message):
+    inputs = {
+        name: keras.Input(shape, dtype=dtype)
+        for name, (shape, dtype) in arguments.items()
+    }
+    with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
+        made(position=RotaryEmbedding())(keras.Input((5, 16)), **inputs)
+
+
+def test_a_bias_object_is_refused_in_a_functional_model():
+    x = keras.Input((5, 4, 8))
+    with pytest.raises(ValueError, match=r"position_bias.*Functional"):
+        keras_mha.dot_product_attention(x, x, x, position_bias=ALiBi(4).bias())
+
+
+def test_a_refused_call_leaves_the_cache_to_be_used_rightly():
+    layer = made(position=RotaryEmbedding())
+    x = floats(2, 5, 16)
+    cache = layer.init_cache(2, 9)
+    expected, _ = layer(x, cache=cache, use_causal_mask=True)
+    with pytest.raises(ValueError, match="training"):
+        layer(x, cache=cache, use_causal_mask=True, training=True)
+    found, _ = layer(x, cache=cache, use_causal_mask=True)
+    np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
