@@ -17,8 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from benchmarks import draw, readme, results
 from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, Case, cases, memory_cases
+from benchmarks.contestants import decoding
 from keras_mha import info
 
+PARTS = ("time", "memory", "decoding")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -35,13 +37,14 @@ def main() -> None:
         default=[],
         help="time this case only, such as 'window 8192', and keep the others",
     )
-    parser.add_argument(
-        "--only", choices=("time", "memory"), help="measure this, keep the other"
-    )
+    parser.add_argument("--only", choices=PARTS, help="measure this, keep the others")
     arguments = parser.parse_args()
     if not arguments.no_measuring:
+        parts = _parts(arguments.case, arguments.only)
+        if "decoding" in parts:
+            _require_peer()
         for backend in arguments.backend or info.BACKENDS:
-            measure(backend, arguments.case, arguments.only)
+            measure(backend, arguments.case, parts)
     kept = results.load()
     if not kept:
         raise SystemExit("nothing has been measured yet: leave out --no-measuring")
@@ -49,28 +52,43 @@ def main() -> None:
     readme.write(kept, ROOT / "README.md")
 
 
-def measure(backend: str, names: list[str], only: str | None) -> None:
-    """Measures times and memory under a backend and keeps them.
+def _parts(names: list[str], only: str | None) -> tuple[str, ...]:
+    """Returns what is to be measured, of `PARTS`."""
+    if names:
+        return ("time",)
+    return (only,) if only else PARTS
+
+
+def _require_peer() -> None:
+    """Ends the program, before anything is measured, if KerasHub is not installed."""
+    try:
+        decoding.require_peer()
+    except info.MissingExtra as error:
+        raise SystemExit(str(error)) from None
+
+
+def measure(backend: str, names: list[str], parts: tuple[str, ...]) -> None:
+    """Measures a backend and keeps what was found.
 
     Args:
         backend: String, the backend.
         names: List of strings, the only cases to be timed; empty for all.
-        only: `"time"`, `"memory"` or `None` for both. What is not measured is kept.
+        parts: Which of `PARTS` to measure. What is not measured is kept.
     """
     timed = [case for case in cases(backend) if not names or case.name in names]
-    memory = _memory()
+    timed = timed if "time" in parts else []
+    memory = _memory() if "memory" in parts else []
     found: dict = {"machine": {}, "times": [], "memory": []}
-    if names or only:
+    if parts != PARTS:
         found |= json.loads(results.path(backend).read_text())
-    if names or only == "time":
-        memory = []
-    elif only == "memory":
-        timed, found["memory"] = [], []
+    if memory:
+        found["memory"] = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns, TimeElapsedColumn(), console=Console(stderr=True)
     ) as progress:
-        task = progress.add_task(backend, total=len(timed) + len(memory))
+        total = len(timed) + len(memory) + ("decoding" in parts)
+        task = progress.add_task(backend, total=total)
         for line in _lines(backend, "time", *names) if timed else ():
             if "started" in line:
                 progress.update(task, description=f"{backend}: {line['started']}")
@@ -88,6 +106,12 @@ def measure(backend: str, names: list[str], only: str | None) -> None:
             found["memory"] += _lines(
                 backend, "memory", json.dumps(case.config), contestant
             )
+            _keep(backend, found)
+            progress.advance(task)
+        if "decoding" in parts:
+            progress.update(task, description=f"{backend}: decoding")
+            for line in _lines(backend, "decoding"):
+                found |= line
             _keep(backend, found)
             progress.advance(task)
 
@@ -113,6 +137,10 @@ def _lines(backend: str, *arguments: str) -> Iterator[dict]:
     if arguments[0] == "memory":
         # What is freed goes back to the system at once: what is measured is in use.
         environment["MALLOC_MMAP_THRESHOLD_"] = "1048576"
+    if arguments[0] == "decoding":
+        # Between the many small operations of a step threads sleep: those that spin
+        # take the core from the one they wait for, if another process has the other.
+        environment["OMP_WAIT_POLICY"] = "passive"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker", *arguments],
         env=environment,

@@ -3,9 +3,20 @@
 import re
 from pathlib import Path
 
-from benchmarks.cases import HEADS, RATE, WIDTH, WINDOW, Case
+from benchmarks.cases import (
+    EARLY,
+    HEADS,
+    LATE,
+    PLACES,
+    RATE,
+    WIDTH,
+    WINDOW,
+    Case,
+    Step,
+    programs,
+)
 from benchmarks.draw import TITLES
-from benchmarks.results import KERAS, OURS, Results
+from benchmarks.results import KERAS, KERAS_HUB, OURS, Results
 
 BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks`) -->"
 END = "<!-- benchmarks: end -->"
@@ -24,18 +35,18 @@ def write(results: list[Results], readme: Path) -> None:
 
 def section(results: list[Results]) -> str:
     """Returns all that stands between the marks."""
-    return "\n\n".join(
-        (
-            _ratios(results),
-            "![How many times faster than Keras's layer](docs/benchmarks/ratios.png)",
-            _memory(results),
-            "![Memory that a training step adds over the length]"
-            "(docs/benchmarks/memory.png)",
-            _peers(results),
-            "![Time over the length](docs/benchmarks/time.png)",
-            _machine(results),
-        )
+    parts = (
+        _ratios(results),
+        "![How many times faster than Keras's layer](docs/benchmarks/ratios.png)",
+        _memory(results),
+        "![Memory that a training step adds over the length]"
+        "(docs/benchmarks/memory.png)",
+        _peers(results),
+        "![Time over the length](docs/benchmarks/time.png)",
+        _decoding(results),
+        _machine(results),
     )
+    return "\n\n".join(filter(None, parts))
 
 
 def _ratios(results: list[Results]) -> str:
@@ -127,6 +138,58 @@ def _peers(results: list[Results]) -> str:
 def _spread(times: dict[str, float]) -> str:
     low, median, high = (1e3 * times[key] for key in ("low", "median", "high"))
     return f"{median:.0f} ({low:.0f}–{high:.0f})"
+
+
+def _decoding(results: list[Results]) -> str:
+    """Returns the table of decoding, `""` as long as it was measured nowhere."""
+    columns = [
+        (found, program)
+        for found in results
+        if found.decoding["steps"]
+        for program in programs(found.backend)
+    ]
+    if not columns:
+        return ""
+    head = [f"decoding, ms: ours / KerasHub {columns[0][0].decoding['keras_hub']}"]
+    rows = [[f"token {token}, cache of {slots}"] for token, slots in PLACES]
+    rows += [
+        [f"{LATE} tokens again, no cache"],
+        [f"token {LATE} : token {EARLY}, same cache"],
+        [f"token {LATE} : token {EARLY}, a cache each"],
+        [f"{LATE} tokens again : token {LATE}"],
+    ]
+    for found, program in columns:
+        head.append(TITLES[found.backend] + (", `lax.scan`" if program else ""))
+        for row, cell in zip(rows, _decoding_cells(found, program), strict=True):
+            row.append(cell)
+    return _table(head, rows)
+
+
+def _decoding_cells(found: Results, program: str) -> list[str]:
+    """Returns a column of the table of decoding."""
+    early, late, early_alone = (
+        [found.seconds(Step(who, *place, program)) for who in (OURS, KERAS_HUB)]
+        for place in PLACES
+    )
+    again = found.prefix_seconds()
+    return [
+        *(" / ".join(map(_milliseconds, both)) for both in (early, late, early_alone)),
+        # It is no program of steps: it stands once, in the backend's first column.
+        NONE if program else _milliseconds(again),
+        " / ".join(map(_number, map(_quotient, late, early))),
+        " / ".join(map(_number, map(_quotient, late, early_alone))),
+        _number(_quotient(again, late[0])),
+    ]
+
+
+def _quotient(seconds: float | None, other: float | None) -> float | None:
+    return None if seconds is None or other is None else seconds / other
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2f}"
 
 
 def _machine(results: list[Results]) -> str:

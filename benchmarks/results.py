@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Step
 from keras_mha import info
 
 FOLDER = Path(__file__).resolve().parent / "results"
-OURS, KERAS = "keras_mha", "keras"
+OURS, KERAS, KERAS_HUB = "keras_mha", "keras", "keras_hub"
 
 
 class Results:
@@ -27,6 +27,10 @@ class Results:
         self._memory = {
             (Case(**each["case"]), each["contestant"]): each for each in kept["memory"]
         }
+        self.decoding = kept.get("decoding", {"steps": []})
+        self._steps = {
+            Step(**each["step"]): each["times"] for each in self.decoding["steps"]
+        }
 
     def times(self, case: Case, kind: str) -> dict[str, dict[str, float]]:
         """Returns the contestants' times of `"forward"` or `"training"`, if any."""
@@ -38,6 +42,14 @@ class Results:
         if OURS not in times or KERAS not in times:
             return None
         return times[KERAS]["median"] / times[OURS]["median"]
+
+    def seconds(self, step: Step) -> float | None:
+        """Returns what a step of decoding takes, the median."""
+        return self._steps[step]["median"] if step in self._steps else None
+
+    def prefix_seconds(self) -> float | None:
+        """Returns what the prefix run again takes, the median."""
+        return self.decoding["prefix"]["median"] if self._steps else None
 
     def over_length(self, kind: str, contestant: str) -> Iterator[tuple[int, dict]]:
         """Yields length and times of the causal case, shortest first."""

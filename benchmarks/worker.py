@@ -2,6 +2,7 @@
 
 python -m benchmarks.worker time
 python -m benchmarks.worker memory '<case as JSON>' keras_mha
+python -m benchmarks.worker decoding
 """
 
 import gc
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import keras
 
-from benchmarks.cases import Case, cases
-from benchmarks.contestants import contestants
+from benchmarks.cases import LATE, Case, Step, cases, steps
+from benchmarks.contestants import contestants, decoding
+from benchmarks.results import OURS
+from keras_mha import info
 from keras_mha.bench import machine, timing
 
 SECONDS = 1.5
+DECODING_SECONDS = 60  # all steps in one round, and so many rounds that it is steady
 ONCE = ("training", 8192)  # minutes with whole scores: timed in one round
 
 
@@ -46,6 +50,34 @@ def time_case(case: Case) -> dict:
         )
         result["times"][kind] = {name: t._asdict() for name, t in times.items()}
     return result
+
+
+def time_decoding(
+    wanted: list[Step], prefix: int, seconds: float = DECODING_SECONDS
+) -> dict:
+    """Times steps of decoding, and what they save: the prefix run again.
+
+    Args:
+        wanted: The steps.
+        prefix: Number of tokens that our layer runs over again without a cache.
+        seconds: About how long the interleaved rounds go on.
+    """
+    ((again, _),) = contestants(Case("causal", prefix), only=OURS).values()
+    functions = decoding.contestants(wanted) | {"prefix": again}
+    times = timing.in_turns(functions, seconds, least=5, most=100)
+    return {
+        "keras_hub": info.backend_version("keras_hub"),
+        "prefix": times["prefix"]._asdict(),
+        "steps": [
+            {"step": step.config, "times": _per_token(times[step.name], step.count)}
+            for step in wanted
+        ],
+    }
+
+
+def _per_token(times: timing.Times, count: int) -> dict:
+    found = times._asdict()
+    return found | {key: found[key] / count for key in ("median", "low", "high")}
 
 
 def measure_memory(case: Case, contestant: str) -> None:
@@ -84,5 +116,8 @@ def _status(name: str) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "time":
         time_all(sys.argv[2:])
+    elif sys.argv[1] == "decoding":
+        found = time_decoding(steps(keras.backend.backend()), LATE)
+        print(json.dumps({"decoding": found}), flush=True)
     else:
         measure_memory(Case(**json.loads(sys.argv[2])), sys.argv[3])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import keras
 
 from benchmarks.cases import FEATURES, GROUPS, HEADS, RATE, Case
 from benchmarks.contestants import common
@@ -87,3 +88,25 @@ def _flax(case):
 
     gradients = nnx.jit(nnx.grad(loss, argnums=(0, 1)))
     return _ready(nnx.jit(forward), layer, x, mask), _ready(gradients, layer, x, mask)
+
+
+def decoding(layer, call, tokens, cache, program):
+    """Makes a contestant of a step, or of a scan of steps; see `decoding.py`."""
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    def step(weights, token, cache):
+        given = zip(layer.trainable_variables, weights, strict=True)
+        with keras.StatelessScope(state_mapping=given):
+            return call(token, cache)
+
+    def scan(weights, tokens, cache):
+        def body(cache, token):
+            output, cache = step(weights, token, cache)
+            return cache, output
+
+        cache, outputs = jax.lax.scan(body, cache, tokens)
+        return outputs, cache
+
+    if program == "scan":
+        return _ready(jax.jit(scan), weights, tokens, cache)
+    return _ready(jax.jit(step), weights, tokens[0], cache)

@@ -61,3 +61,15 @@ def _layer(layer, call, case):
         return tape.gradient(total, [x, *weights])
 
     return _contestant(lambda: call(tf.convert_to_tensor(x), False), training, case)
+
+
+def decoding(layer, call, tokens, cache, program):
+    """Makes a contestant of a step; see `decoding.py`."""
+    step = tf.function(call)
+
+    def done():
+        output, new = step(tokens[0], cache)
+        output.numpy()  # the cache is not fetched: that would copy it
+        return output, new
+
+    return done

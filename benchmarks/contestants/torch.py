@@ -72,3 +72,13 @@ def _torch_nn(case):
         return layer(x, x, x, **options)[0]
 
     return _contestant(call, [x, *layer.parameters()])
+
+
+def decoding(layer, call, tokens, cache, program):
+    """Makes a contestant of a step; see `decoding.py`."""
+
+    def step():
+        with torch.no_grad():
+            return call(tokens[0], cache)
+
+    return step

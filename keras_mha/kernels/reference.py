@@ -116,21 +116,20 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     return ops.reshape(output, (batch, rows, heads, width))
 
 
-# A single query, as in decoding, has so little to compute that bringing keys and values
-# into the order of a product per head would take most of the time. They stay as they
-# lie, heads side by side in one product, and what heads say of others' keys is dropped.
+# A single query, as in decoding, has so little to compute that bringing keys and
+# values into the order of a product per head would take most of the time. They are read
+# as they lie, all heads in one product, of which what heads say of others is dropped.
 
 
 def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, 1, N, H), (B, S, K, H) -> (B, N, 1, S)`."""
     batch, _, heads, width = ops.shape(query)
     columns, groups = ops.shape(key)[1:3]
-    query = ops.reshape(query, (batch, 1, groups, heads // groups, width))
-    own = ops.reshape(ops.eye(groups, dtype=query.dtype), (groups, groups, 1, 1))
-    query = ops.transpose(query * own, (0, 1, 4, 2, 3))  # others' features are 0
-    query = ops.reshape(query, (batch, groups * width, heads))
-    logits = ops.matmul(ops.reshape(key, (batch, columns, groups * width)), query)
-    return ops.transpose(logits, (0, 2, 1))[:, :, None]
+    query = ops.reshape(query, (batch, groups, heads // groups, 1, width))
+    own = ops.reshape(ops.eye(groups, dtype=query.dtype), (groups, 1, groups, 1))
+    query = ops.reshape(query * own, (batch, heads, groups * width))
+    key = ops.reshape(key, (batch, columns, groups * width))
+    return ops.einsum("...nd,...sd->...ns", query, key)[:, :, None]
 
 
 def _values_of_one_query(weights: Tensor, value: Tensor) -> Tensor:

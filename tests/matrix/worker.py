@@ -27,6 +27,12 @@ OPTIMIZER = {"AdamW": keras.optimizers.AdamW}
 # newer torch do not survive.
 JIT_COMPILE = BACKEND == "jax"
 
+SCALING = {
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 4,
+}
+
 
 def make_model() -> keras.Model:
     """Two blocks that together use what the layer has; nothing random at training."""
@@ -35,9 +41,13 @@ def make_model() -> keras.Model:
     # No Embedding: under TensorFlow Keras updates its rows sparsely, and so otherwise
     # than under the other backends, whatever stands behind it.
     x = keras.layers.Dense(16)(keras.layers.Masking()(tokens))
-    x += keras_mha.MultiHeadAttention(4, 8, sliding_window=4, attention_sink="learned")(
-        x, x, use_causal_mask=True
-    )
+    x += keras_mha.MultiHeadAttention(
+        4,
+        8,
+        sliding_window=4,
+        attention_sink="learned",
+        position=keras_mha.RotaryEmbedding(4, scaling=SCALING),
+    )(x, x, use_causal_mask=True)
     x += keras_mha.MultiHeadAttention(
         4,
         8,
@@ -46,8 +56,9 @@ def make_model() -> keras.Model:
         num_key_value_heads=2,
         qk_norm="rms",
         logit_soft_cap=20.0,
+        position=keras_mha.RelativePositionBias(num_buckets=8, max_distance=6),
     )(x, memory)
-    x += keras_mha.MultiHeadAttention(2, 8, qk_norm="l2")(
+    x += keras_mha.MultiHeadAttention(2, 8, qk_norm="l2", position=keras_mha.ALiBi())(
         x, attention_mask=keras_mha.masks.Causal() | keras_mha.masks.Prefix(2)
     )
     x = keras.layers.GlobalAveragePooling1D()(x)
