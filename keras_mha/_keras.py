@@ -18,6 +18,9 @@ except ModuleNotFoundError as error:
 # its own, which only these two reach.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
+# Where Keras notes, while it writes a model, which objects several layers share.
+from keras.src.backend.common.global_state import get_global_attribute
+
 # What Keras's own random functions make of a seed: an int, a generator or None.
 from keras.src.random.seed_generator import draw_seed
 
@@ -66,6 +69,17 @@ def is_integer(x: Tensor) -> bool:
     return "int" in dtype_name(x)
 
 
+def serialized(layer: Any) -> Any:
+    """Returns what a config holds of a layer that may belong to several others.
+
+    While Keras writes a model this is the layer itself: Keras finds out by itself which
+    layers share it, and gives all of them the same one again.
+    """
+    if get_global_attribute("shared_objects/id_to_config_map") is not None:
+        return layer
+    return keras.saving.serialize_keras_object(layer)
+
+
 __all__ = [
     "Shape",
     "Tensor",
@@ -77,5 +91,6 @@ __all__ = [
     "is_float",
     "is_integer",
     "is_symbolic",
+    "serialized",
     "set_keras_mask",
 ]

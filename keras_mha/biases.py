@@ -132,6 +132,8 @@ class ByDistance(Bias):
     def _diagonals(self, values, tile):
         """The same number all along a diagonal: looked up once for each of them."""
         heads, rows, columns = ops.shape(values)[0], tile.rows, tile.columns
+        if tile.is_static and rows * columns == 0:
+            return ops.zeros((heads, rows, columns), dtype=values.dtype)
         # Row 0's distances in a circle, after its last the ones left of its first: one
         # step back at each row, which is what cutting rows one shorter does.
         along = ops.arange(rows + columns, dtype="int32")

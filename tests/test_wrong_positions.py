@@ -95,7 +95,13 @@ POSITIONS = [
         ValueError,
         r"position_ids.*\(5,\).*\(2, 5\).*\(6,\)",
     ),
-    ("no heads", lambda: ALiBi()(integers(5)), ValueError, "num_heads of ALiBi|ALiBi"),
+    (
+        "whole numbers for heads",
+        rotary(integers(2, 5, 4, 8)),
+        TypeError,
+        "inputs.*floating-point.*int32",
+    ),
+    ("no heads", lambda: ALiBi()(integers(5)), ValueError, "num_heads.*of ALiBi"),
     ("heads 0", lambda: ALiBi(0), ValueError, "num_heads.*at least 1"),
     (
         "other heads",
@@ -305,6 +311,18 @@ CACHE = [
         r"attention_mask.*\(2, 4, 5, 9\).*\(5, 5\)",
     ),
     (
+        "a mask object",
+        with_cache(attention_mask=keras_mha.masks.Prefix(2)),
+        ValueError,
+        "attention_mask.*booleans.*slot.*Prefix",
+    ),
+    (
+        "no tensor",
+        with_cache(change={"key": None}),
+        TypeError,
+        r"cache\['key'\].*tensor.*None",
+    ),
+    (
         "ids beside ALiBi",
         with_cache(layer={"position": ALiBi()}, position_ids=integers(5)),
         ValueError,
@@ -336,6 +354,18 @@ CACHE = [
         with_memory(value_mask=booleans(2, 7)),
         ValueError,
         "memory.*init_cache.*value_mask",
+    ),
+    (
+        "before and after in a memory",
+        with_memory(use_causal_mask=True),
+        ValueError,
+        "use_causal_mask.*memory.*use_causal_mask=True",
+    ),
+    (
+        "a window over a memory",
+        init_cache(layer=WINDOW, memory=floats(2, 7, 12), built=True),
+        ValueError,
+        "memory.*sliding_window=4",
     ),
     ("no batch size", init_cache(), TypeError, "batch_size.*integer.*None"),
     ("no length", init_cache(2), TypeError, "max_length.*integer.*None"),
@@ -401,6 +431,10 @@ def test_wrong_use_says_what_is_wrong(wrong_use, error, message):
     [
         ({"position_ids": ((6,), "int32")}, r"position_ids.*\(None, 6\)"),
         ({"position_ids": ((5,), "float32")}, "position_ids.*whole.*float32"),
+        (
+            {"value": ((7, 16), "float32"), "position_ids": ((5,), "int32")},
+            r"position_ids.*\(None, 7\).*pair",
+        ),
     ],
 )
 def test_a_functional_model_says_it_while_it_is_made(arguments, message):
@@ -410,6 +444,25 @@ def test_a_functional_model_says_it_while_it_is_made(arguments, message):
     }
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         made(position=RotaryEmbedding())(keras.Input((5, 16)), **inputs)
+
+
+def test_a_cache_of_an_unknown_number_of_slots_is_refused():
+    layer = made()
+    cache = {
+        "key": keras.Input((None, 4, 8)),
+        "value": keras.Input((None, 4, 8)),
+        "length": keras.Input((), dtype="int32"),
+    }
+    with pytest.raises(ValueError, match=r"cache.*known number of slots.*None"):
+        layer(keras.Input((5, 16)), cache=cache)
+
+
+def test_a_bias_that_lacked_its_heads_can_still_be_given_to_a_layer():
+    position = RelativePositionBias()
+    with pytest.raises(ValueError, match=r"num_heads.*RelativePositionBias"):
+        position(integers(5))
+    layer = made(position=position)
+    assert tuple(layer(floats(2, 5, 16)).shape) == (2, 5, 16)
 
 
 def test_a_bias_object_is_refused_in_a_functional_model():

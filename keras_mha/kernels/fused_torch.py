@@ -120,7 +120,8 @@ def _torch_mask(call, tile):
         return allowed | ~seen, seen
     dtype = _dtype(call)
     # Finite, since a float32 bias may be out of the range of float16.
-    bias = bias.clamp(min=torch.finfo(dtype).min).to(dtype)
+    lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
+    bias = bias.clamp(min=lowest).to(dtype)
     hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
     return torch.where(allowed, bias, hidden), seen
 

@@ -17,14 +17,11 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, dtype_name, is_float
+from keras_mha._keras import Tensor, dtype_name
 from keras_mha.masks import Mask
 from keras_mha.ops.known_numbers import known_numbers
 
 Cache = dict[str, Tensor]
-
-_SELF, _MEMORY = {"key", "value", "length"}, {"key", "value"}
 
 
 def empty(
@@ -51,14 +48,21 @@ def is_memory(cache: Cache) -> bool:
     return "length" not in cache
 
 
-def slots(cache: Cache) -> int | None:
-    """Returns how many positions a cache has room for, if that is known."""
+def slots(cache: Cache) -> int:
+    """Returns how many positions a cache has room for."""
     return cache["key"].shape[1]
 
 
 def is_ring(cache: Cache, window: int | None) -> bool:
     """Whether new tokens may take the slots of those that no query sees any more."""
-    return window is not None and slots(cache) >= window
+    return not is_memory(cache) and window is not None and slots(cache) >= window
+
+
+def columns(cache: Cache, count: int | None, window: int | None) -> int | None:
+    """Returns how many keys `count` new tokens attend to."""
+    if not is_ring(cache, window) or count == 1:
+        return slots(cache)
+    return None if count is None else slots(cache) + count
 
 
 class Step(NamedTuple):
@@ -96,7 +100,7 @@ class NewTokens:
         self.valid, self.window = valid, window
         self.slots = slots(cache)
         self.is_ring = is_ring(cache, window)
-        self.before = ops.cast(cache["length"], "int32")
+        self.before = ops.convert_to_tensor(cache["length"])
         index = ops.arange(count, dtype="int32")[None]
         if valid is None:
             self.number = count + ops.zeros_like(self.before)
@@ -108,6 +112,7 @@ class NewTokens:
             # Padding stands where the token before it does.
             rank = ops.maximum(ops.cumsum(valid, axis=1) - 1, 0)
             self.positions = self.before[:, None] + rank
+        # On a GPU this waits for the call before: the price of an error in time.
         self.known_before = known_numbers(self.before)
         self.fits = None if self.is_ring else self._fits()
         self.after = self.before + self.number
@@ -177,6 +182,8 @@ class NewTokens:
 
     def _put_many(self, x: Tensor, old: Tensor, positions: Tensor) -> Tensor:
         """Puts tokens `(B, T, K, width)` into the slots of their positions."""
+        if x.shape[1] == 0:
+            return old
         source = positions - self.before[:, None]
         is_new = (source >= 0)[:, :, None, None]
         source = ops.clip(source, 0, self.count - 1)[:, :, None, None]
@@ -254,54 +261,6 @@ class Seen(Mask):
         if not (self.is_counted and self.causal and tile.is_static):
             return "mixed"
         return "empty" if tile.column > tile.row + tile.rows - 1 else "mixed"
-
-
-def check(
-    cache: Any, batch_size: int | None, heads: int, widths: tuple[int, int]
-) -> None:
-    """Raises unless a cache is one of this layer, for a batch of this size.
-
-    Args:
-        cache: What the call was given.
-        batch_size: Rows of the query's batch, B.
-        heads: Key and value heads, K.
-        widths: Of a key head and of a value head, `(H, V)`.
-    """
-    names = set(cache) if isinstance(cache, dict) else None
-    if names is None or names - {"mask"} not in (_SELF, _MEMORY) or names > _SELF:
-        received = f"a {type(cache).__name__}" if names is None else sorted(names)
-        raise ValueError(
-            "`cache` must be what `init_cache` or an earlier call returned: a "
-            f"dictionary with {sorted(_SELF)}, or with {sorted(_MEMORY)} and maybe "
-            f"'mask'. Received: {received}"
-        )
-    slots = cache["key"].shape[1] if len(cache["key"].shape) == 4 else None
-    for name, width in zip(("key", "value"), widths, strict=True):
-        x = cache[name]
-        _check_part(f"cache[{name!r}]", x, (batch_size, slots, heads, width))
-        if not is_float(x):
-            raise TypeError(
-                f"`cache[{name!r}]` must hold floating-point numbers. "
-                f"Received: dtype {dtype_name(x)}"
-            )
-    if "mask" in cache:
-        _check_part("cache['mask']", cache["mask"], (batch_size, slots))
-    if "length" in cache:
-        _check_part("cache['length']", cache["length"], (batch_size,))
-        if dtype_name(cache["length"]) != "int32":
-            raise TypeError(
-                "`cache['length']` must be of dtype int32. "
-                f"Received: dtype {dtype_name(cache['length'])}"
-            )
-
-
-def _check_part(name: str, x: Tensor, expected: Shape) -> None:
-    shape = tuple(x.shape)
-    if len(shape) != len(expected) or not all(map(_checks.same, shape, expected)):
-        raise ValueError(
-            f"`{name}` must have the shape {expected} for this layer and this query "
-            f"(batch size first). Received: shape {shape}"
-        )
 
 
 def like(cache: Cache) -> Cache:

@@ -4,6 +4,7 @@ They look at shapes and dtypes only, so they see the same in a symbolic call, wh
 Functional model is made, as in a real one.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from keras_mha import _checks
@@ -84,48 +85,34 @@ def check_one_axis(attended: tuple[int, ...]) -> None:
         )
 
 
-def check_cached_call(
-    query: Tensor, value: Tensor | None, training: bool | None, segment_ids: Any
+def check_masks(
+    axes: AttentionAxes,
+    shapes: dict[str, Shape],
+    scores_shape: Shape,
+    arguments: Mapping[str, Any],
 ) -> None:
-    """Raises if a call has what cannot go with a `cache`."""
-    if training:
-        raise ValueError(
-            "`cache` is for decoding: what earlier calls computed gets no gradients. "
-            "Train on whole sequences, without it. Received: training=True"
-        )
-    if len(query.shape) != 3:
-        raise ValueError(
-            "`cache` needs inputs with one axis of positions, (B, T, D). "
-            f"Received: query of shape {tuple(query.shape)}"
-        )
-    if segment_ids is not None:
-        raise ValueError(
-            "`segment_ids` cannot be given beside a `cache`, whose rows hold one "
-            "sequence each."
-        )
+    """Raises unless masks, bias and segments fit the inputs and the scores.
 
-
-def check_none_beside_memory(others: dict[str, Any]) -> None:
-    """Raises if a call names what is attended to although its `cache` holds that."""
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise ValueError(
-            "`cache` holds the projected memory already: its key, value and mask are "
-            f"given to `init_cache(memory=...)`. Received: {', '.join(given)}"
-        )
-
-
-def check_none_beside_ring(attention_mask: Any, attention_bias: Any) -> None:
-    """Raises if a call says something of keys by their slots in a ring."""
-    for name, x in (
-        ("attention_mask", attention_mask),
-        ("attention_bias", attention_bias),
+    Args:
+        axes: Of the inputs.
+        shapes: Of the inputs, by name.
+        scores_shape: As `AttentionAxes.scores_shape` gives it.
+        arguments: What the call was given, by name.
+    """
+    for name, owner in (
+        ("query_mask", "query"),
+        ("value_mask", "value"),
+        ("key_mask", "key"),
     ):
-        if x is not None:
-            raise ValueError(
-                f"`{name}` cannot be given beside the `cache` of a layer with "
-                "`sliding_window`, whose slots are used again for later tokens."
-            )
+        if arguments[name] is not None:
+            check_positions_mask(name, arguments[name], owner, shapes[owner])
+    if arguments["attention_mask"] is not None:
+        check_attention_mask(arguments["attention_mask"], axes, scores_shape)
+    if arguments["attention_bias"] is not None:
+        check_attention_bias(arguments["attention_bias"], scores_shape)
+    if arguments["segment_ids"] is not None:
+        ids = arguments["segment_ids"]
+        checked_segment_ids(ids, shapes["query"], shapes["value"])
 
 
 def check_positions_mask(name: str, mask: Tensor, owner: str, shape: Shape) -> None:

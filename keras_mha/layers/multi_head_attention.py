@@ -9,12 +9,19 @@ import keras
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, get_keras_mask, set_keras_mask
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    get_keras_mask,
+    serialized,
+    set_keras_mask,
+)
 from keras_mha.biases import Bias
 from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
+from keras_mha.layers.cache_checks import check_cached_call
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
@@ -135,7 +142,9 @@ class MultiHeadAttention(keras.layers.Layer):
         The output, shape `(B, T, E)` with `E` from `output_shape`, in the layer's
         compute dtype. With `return_attention_scores=True` a tuple of it and the
         attention weights after softmax and before dropout, shape `(B, N, T, S)`; with
-        `cache` the new cache is the tuple's last.
+        `cache` the new cache is the tuple's last, and scores, mask and bias have a
+        column for each of its slots (for several tokens and a sliding window, scores
+        have those of the old cache and then of the new tokens).
 
     Raises:
         TypeError: If an argument is of a wrong type or dtype.
@@ -466,27 +475,30 @@ class MultiHeadAttention(keras.layers.Layer):
         position_ids: Tensor | tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
-            query_mask, value_mask, key_mask, attention_mask, segment_ids
+        query_mask, value_mask, key_mask, attention_mask = _from_lists(
+            query_mask, value_mask, key_mask, attention_mask
         )
+        segment_ids, position_ids = _from_lists(segment_ids, position_ids)
         if query_mask is None:
             # Keras fills masks in by itself only when there are several inputs.
             query_mask = get_keras_mask(query)
         self._check_call(
             query,
-            value,
-            key,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
-            training=training,
-            use_causal_mask=use_causal_mask,
-            attention_bias=attention_bias,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cache=cache,
+            {
+                "value": value,
+                "key": key,
+                "query_mask": query_mask,
+                "value_mask": value_mask,
+                "key_mask": key_mask,
+                "attention_mask": attention_mask,
+                "return_attention_scores": return_attention_scores,
+                "training": training,
+                "use_causal_mask": use_causal_mask,
+                "attention_bias": attention_bias,
+                "segment_ids": segment_ids,
+                "position_ids": position_ids,
+                "cache": cache,
+            },
         )
         if value is None:
             value = query
@@ -625,10 +637,10 @@ class MultiHeadAttention(keras.layers.Layer):
             return None, None
         is_pair = isinstance(segment_ids, tuple | list)
         ids = input_checks.checked_segment_ids(segment_ids, query.shape, value.shape)
-        query_ids = restarted(self._axes.fold_positions(ids[0]))
+        query_ids = restarted(self._folded_ids(ids[0], query))
         if not is_pair:
             return query_ids, query_ids
-        return query_ids, restarted(self._axes.fold_positions(ids[1]))
+        return query_ids, restarted(self._folded_ids(ids[1], value))
 
     def _given_ids(self, position_ids, query, value):
         if position_ids is None:
@@ -637,13 +649,16 @@ class MultiHeadAttention(keras.layers.Layer):
         ids = checked_position_ids(
             position_ids, self._axes, tuple(query.shape), tuple(value.shape)
         )
-        query_ids = self._folded_ids(ids[0])
-        return query_ids, self._folded_ids(ids[1]) if is_pair else query_ids
+        query_ids = self._folded_ids(ids[0], query)
+        return query_ids, self._folded_ids(ids[1], value) if is_pair else query_ids
 
-    def _folded_ids(self, ids: Tensor) -> Tensor:
-        """`(T,)` or the shape of an input without its features to `(B' or 1, T)`."""
+    def _folded_ids(self, ids: Tensor, x: Tensor) -> Tensor:
+        """`(T,)` or the shape of `x` without its features to `(B' or 1, T)`."""
         if len(ids.shape) == 1:
             return ids[None]
+        if self._axes.is_plain:
+            return ids
+        ids = ops.broadcast_to(ids, ops.shape(x)[:-1])
         return self._axes.fold_positions(ids)
 
     def _rotated(self, query, key, query_ids, key_ids):
@@ -741,6 +756,12 @@ class MultiHeadAttention(keras.layers.Layer):
                 f"Received: {len(memory)} tensors"
             )
         value, key = memory if is_pair else (memory, memory)
+        if self._sliding_window is not None:
+            raise ValueError(
+                "`memory` cannot be kept for a layer with `sliding_window`, which "
+                "counts from the first query. Received: "
+                f"sliding_window={self._sliding_window}"
+            )
         if not self.built:
             raise ValueError(
                 "`memory` can only be projected once the layer is built: call it, or "
@@ -815,119 +836,71 @@ class MultiHeadAttention(keras.layers.Layer):
         if segment_ids is None:
             return None
         ids = input_checks.checked_segment_ids(segment_ids, query.shape, value.shape)
-        return Segments(*(self._axes.fold_positions(each) for each in ids))
+        inputs = query, value
+        return Segments(*map(self._folded_ids, ids, inputs))
 
-    def _check_call(
-        self,
-        query,
-        value,
-        key,
-        *,
-        query_mask,
-        value_mask,
-        key_mask,
-        attention_mask,
-        return_attention_scores,
-        training,
-        use_causal_mask,
-        attention_bias,
-        segment_ids,
-        position_ids,
-        cache,
-    ) -> None:
-        _checks.boolean("return_attention_scores", return_attention_scores)
-        _checks.boolean("use_causal_mask", use_causal_mask)
-        axes = self._axes_of(query)
+    def _check_call(self, query: Tensor, arguments: dict[str, Any]) -> None:
+        """Raises if a call cannot be made.
+
+        Args:
+            query: The call's query.
+            arguments: The other arguments, by name.
+        """
+        for name in ("return_attention_scores", "use_causal_mask"):
+            _checks.boolean(name, arguments[name])
+        cache, position_ids = arguments["cache"], arguments["position_ids"]
         if cache is not None:
-            self._check_cache(cache, query, value, training, segment_ids, position_ids)
-        given = {"query": query, "value": value, "key": key}
-        is_memory = cache is not None and kv_cache.is_memory(cache)
-        if is_memory:
-            others = {"value_mask": value_mask, "key_mask": key_mask}
-            input_checks.check_none_beside_memory({**given, **others, "query": None})
-        shapes = self._check_inputs(axes, given, only_query=is_memory)
-        for name, mask, owner in (
-            ("query_mask", query_mask, "query"),
-            ("value_mask", value_mask, "value"),
-            ("key_mask", key_mask, "key"),
-        ):
-            if mask is not None:
-                input_checks.check_positions_mask(name, mask, owner, shapes[owner])
-        keys_shape = shapes["value"] if cache is None else cache["key"].shape[:2]
-        scores_shape = axes.scores_shape(shapes["query"], keys_shape, self._num_heads)
-        if attention_mask is not None:
-            input_checks.check_attention_mask(attention_mask, axes, scores_shape)
-        if attention_bias is not None:
-            input_checks.check_attention_bias(attention_bias, scores_shape)
-        if cache is not None and kv_cache.is_ring(cache, self._sliding_window):
-            input_checks.check_none_beside_ring(attention_mask, attention_bias)
-        if segment_ids is not None:
-            input_checks.checked_segment_ids(
-                segment_ids, shapes["query"], shapes["value"]
+            rotates = isinstance(self.position, RotaryEmbedding)
+            check_cached_call(
+                query,
+                arguments,
+                heads=self.num_key_value_heads,
+                widths=(self._key_dim, self._value_dim),
+                window=self._sliding_window,
+                takes_ids=rotates and not self._rotates_later,
             )
+        axes = self._axes_of(query)
+        shapes = self._check_inputs(axes, query, arguments)
+        keys = self._keys_shape(query, arguments["value"], cache)
+        scores = axes.scores_shape(query.shape, keys, self._num_heads)
+        input_checks.check_masks(axes, shapes, scores, arguments)
         if position_ids is not None:
-            self._check_position_ids(position_ids, axes, shapes["query"], keys_shape)
-        if self._flash_attention and return_attention_scores:
+            if cache is not None and not kv_cache.is_memory(cache):
+                keys = query.shape  # the new tokens'
+            self._check_position_ids(position_ids, axes, query.shape, keys)
+        if self._flash_attention and arguments["return_attention_scores"]:
             raise ValueError(
                 "`return_attention_scores=True` needs all scores in memory, which "
                 "`flash_attention=True` forbids. Use `flash_attention=None`."
             )
 
-    def _check_inputs(self, axes, given, only_query) -> dict[str, Shape]:
+    def _check_inputs(self, axes, query, arguments) -> dict[str, Shape]:
         """Checks the inputs and returns the shapes of those that take part."""
-        query, value, key = _filled(
-            *(None if x is None else x.shape for x in given.values())
-        )
-        shapes = {"query": query, "value": value, "key": key}
-        if only_query:
-            shapes = {"query": query}
+        shapes = [
+            None if x is None else x.shape
+            for x in (query, arguments["value"], arguments["key"])
+        ]
+        query, value, key = _filled(*shapes)
+        cache = arguments["cache"]
+        has_memory = cache is not None and kv_cache.is_memory(cache)
+        shapes = {"query": query}
+        if not has_memory:
+            shapes |= {"value": value, "key": key}
         if self.built:
             input_checks.check_ranks(axes.rank, shapes)
             input_checks.check_feature_widths(self._widths, shapes)
         else:  # a symbolic call may come before there are weights
             input_checks.check_build_shapes(query, value, key)
-        if not only_query:
+        if not has_memory:
             input_checks.check_input_shapes(axes, query, value, key)
         return shapes
 
-    def _check_cache(
-        self, cache, query, value, training, segment_ids, position_ids
-    ) -> None:
-        widths = self._key_dim, self._value_dim
-        kv_cache.check(cache, query.shape[0], self.num_key_value_heads, widths)
-        input_checks.check_cached_call(query, value, training, segment_ids)
-        if kv_cache.is_memory(cache):
-            return
-        length = query.shape[1]
-        slots = kv_cache.slots(cache)
-        if value is not None and not _checks.same(value.shape[1], length):
-            raise ValueError(
-                "With a `cache` of self-attention `value` must be as long as `query`, "
-                "both being the new tokens; a memory is given to "
-                "`init_cache(memory=...)`. Received: "
-                f"query of shape {tuple(query.shape)}, "
-                f"value of shape {tuple(value.shape)}"
-            )
-        is_ring = kv_cache.is_ring(cache, self._sliding_window)
-        if not is_ring and None not in (length, slots) and length > slots:
-            raise ValueError(
-                f"`cache` has room for max_length={slots} positions and cannot take "
-                f"{length}. Received: query of shape {tuple(query.shape)}"
-            )
-        if position_ids is None:
-            return
-        if self._rotates_later or isinstance(self.position, PositionBias):
-            raise ValueError(
-                "`position_ids` cannot be given beside a `cache` of self-attention "
-                "with a bias or a dynamic scaling for `position`: where the earlier "
-                "tokens stand is counted. Received: position_ids of shape "
-                f"{getattr(position_ids, 'shape', None)}"
-            )
-        if isinstance(position_ids, tuple | list):
-            raise ValueError(
-                "`position_ids` must be one tensor beside a `cache` of self-attention. "
-                f"Received: {len(position_ids)} tensors"
-            )
+    def _keys_shape(self, query, value, cache) -> Shape:
+        """Returns the batch and position axes of what is attended to."""
+        if cache is None:
+            return (query if value is None else value).shape
+        columns = kv_cache.columns(cache, query.shape[1], self._sliding_window)
+        return query.shape[0], columns
 
     def _check_position_ids(self, position_ids, axes, query_shape, keys_shape) -> None:
         if self.position is None:
@@ -935,9 +908,6 @@ class MultiHeadAttention(keras.layers.Layer):
                 "`position_ids` are for a layer made with `position=...`; this one has "
                 "no use of them."
             )
-        is_pair = isinstance(position_ids, tuple | list)
-        if not is_pair:
-            keys_shape = query_shape  # with a cache the keys are the new tokens'
         checked_position_ids(position_ids, axes, query_shape, keys_shape)
 
     # ------------------------------------------------------------------ symbolic
@@ -974,26 +944,28 @@ class MultiHeadAttention(keras.layers.Layer):
         cache: Cache | None = None,
     ) -> Any:
         """Returns what `call` would return, as placeholders."""
-        query_mask, value_mask, key_mask, attention_mask, segment_ids = _from_lists(
-            query_mask, value_mask, key_mask, attention_mask, segment_ids
+        query_mask, value_mask, key_mask, attention_mask = _from_lists(
+            query_mask, value_mask, key_mask, attention_mask
         )
+        segment_ids, position_ids = _from_lists(segment_ids, position_ids)
         self._check_call(
             query,
-            value,
-            key,
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            return_attention_scores=return_attention_scores,
-            training=training,
-            use_causal_mask=use_causal_mask,
-            attention_bias=attention_bias,
-            segment_ids=segment_ids,
-            position_ids=position_ids,
-            cache=cache,
+            {
+                "value": value,
+                "key": key,
+                "query_mask": query_mask,
+                "value_mask": value_mask,
+                "key_mask": key_mask,
+                "attention_mask": attention_mask,
+                "return_attention_scores": return_attention_scores,
+                "training": training,
+                "use_causal_mask": use_causal_mask,
+                "attention_bias": attention_bias,
+                "segment_ids": segment_ids,
+                "position_ids": position_ids,
+                "cache": cache,
+            },
         )
-        value = query if value is None else value
         output = keras.KerasTensor(
             (*query.shape[:-1], *(self._output_shape or query.shape[-1:])),
             dtype=(self.output_dense if self.built else self).compute_dtype,
@@ -1002,9 +974,9 @@ class MultiHeadAttention(keras.layers.Layer):
             set_keras_mask(output, query_mask)
         results = (output,)
         if return_attention_scores:
+            keys = self._keys_shape(query, value, cache)
             axes = self._axes_of(query)
-            keys_shape = value.shape if cache is None else cache["key"].shape[:2]
-            scores = axes.scores_shape(query.shape, keys_shape, self._num_heads)
+            scores = axes.scores_shape(query.shape, keys, self._num_heads)
             results += (keras.KerasTensor(scores, dtype=self.compute_dtype),)
         if cache is not None:
             results += (kv_cache.like(cache),)
@@ -1046,7 +1018,7 @@ class MultiHeadAttention(keras.layers.Layer):
             if getattr(self, f"_{name}") != default
         }
         if self.position is not None:
-            beyond["position"] = keras.saving.serialize_keras_object(self.position)
+            beyond["position"] = serialized(self.position)
         return {**super().get_config(), **config, **beyond, **self._dtype_config()}
 
     @classmethod
@@ -1121,10 +1093,10 @@ def _filled(query: Shape, value: Shape | None, key: Shape | None) -> tuple[Shape
 
 
 def _from_lists(*arguments: Any) -> list[Any]:
-    """Makes tensors of nested Python lists, and leaves everything else alone."""
+    """Makes tensors of Python's lists of numbers, and leaves everything else alone."""
     return [
         ops.convert_to_tensor(x)
-        if isinstance(x, list) and x and isinstance(x[0], list)
+        if isinstance(x, list) and x and isinstance(x[0], list | int)
         else x
         for x in arguments
     ]

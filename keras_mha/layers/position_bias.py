@@ -59,12 +59,15 @@ class PositionBias(keras.layers.Layer):
         bias = ops.cast(bias, self.compute_dtype)
         return bias if self._has_batch(position_ids, key_position_ids) else bias[0]
 
-    def _checked_ids(self, position_ids, key_position_ids):
+    def _require_heads(self) -> None:
         if self.num_heads is None:
             raise ValueError(
                 f"`num_heads` of {type(self).__name__} must be given when it is used "
                 "without a MultiHeadAttention. Received: num_heads=None"
             )
+
+    def _checked_ids(self, position_ids, key_position_ids):
+        self._require_heads()
         if key_position_ids is None:
             key_position_ids = position_ids
         names = "position_ids", "key_position_ids"
@@ -243,8 +246,7 @@ class RelativePositionBias(PositionBias):
         key_position_ids_shape: Shape | None = None,
     ) -> None:
         """Makes the table, which depends on the number of heads only."""
-        if self.num_heads is None:
-            return  # the call says what is missing
+        self._require_heads()
         self.table = self.add_weight(
             name="table",
             shape=(self.num_buckets, self.num_heads),

@@ -1,15 +1,17 @@
 """Rotary position embedding as a Keras layer."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, at_least_float32
+from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_float
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
+from keras_mha.ops.known_numbers import known_numbers
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -22,7 +24,10 @@ class RotaryEmbedding(keras.layers.Layer):
     for pair i, so that the dot product of a query and a key depends on how far they
     stand apart, not on where. Given to a `MultiHeadAttention` as `position=`, it is
     applied to the heads of query and key; it can also be called alone. Angles are
-    worked out in float32, correct to 1e-6 at any position, in half types too.
+    worked out in float32, correct to 1e-6 at any position, in half types too. (There is
+    one exception: with `"dynamic"` scaling in a compiled program that is not told the
+    length, angles beyond the trained length are as exact as the product of position and
+    frequency is in float32, to 3e-2 at position 1,000,000.)
 
     Args:
         rotary_dim: How many features rotate, an even number, counted from the first;
@@ -110,7 +115,7 @@ class RotaryEmbedding(keras.layers.Layer):
             )
 
     def call(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        self._check_inputs(inputs.shape)
+        self._check_inputs(inputs)
         if position_ids is not None:
             shape = tuple(inputs.shape[:2])
             position_ids = checked_ids("position_ids", position_ids, shape)
@@ -121,10 +126,16 @@ class RotaryEmbedding(keras.layers.Layer):
     def compute_output_spec(
         self, inputs: Tensor, position_ids: Tensor | None = None
     ) -> keras.KerasTensor:
-        self._check_inputs(inputs.shape)
+        self._check_inputs(inputs)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
-    def _check_inputs(self, shape: Shape) -> None:
+    def _check_inputs(self, inputs: Tensor) -> None:
+        shape = inputs.shape
+        if not is_float(inputs):
+            raise TypeError(
+                "`inputs` must hold floating-point numbers. "
+                f"Received: inputs of dtype {dtype_name(inputs)}"
+            )
         if len(shape) != 4:
             raise ValueError(
                 "`inputs` must have the shape (B, T, N, H): batch, positions, heads, "
@@ -139,8 +150,8 @@ class RotaryEmbedding(keras.layers.Layer):
             heads: Of queries or keys.
             position_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`.
         """
-        ids = _counted(heads) if position_ids is None else position_ids
-        return self._rotated(heads, *self._cos_and_sin(ids, heads, self._length(ids)))
+        length = self._length((heads, position_ids))
+        return self._rotated(heads, *self._cos_and_sin(heads, position_ids, length))
 
     def rotate_both(
         self,
@@ -159,27 +170,39 @@ class RotaryEmbedding(keras.layers.Layer):
         """
         lengths = query.shape[1], key.shape[1]
         alike = query_ids is key_ids and lengths[0] == lengths[1] is not None
-        query_ids = _counted(query) if query_ids is None else query_ids
-        key_ids = _counted(key) if key_ids is None else key_ids
-        length = self._length(query_ids, key_ids)
-        turn = self._cos_and_sin(query_ids, query, length)
+        length = self._length((query, query_ids), (key, key_ids))
+        turn = self._cos_and_sin(query, query_ids, length)
         query = self._rotated(query, *turn)
         if not alike:
-            turn = self._cos_and_sin(key_ids, key, length)
+            turn = self._cos_and_sin(key, key_ids, length)
         return query, self._rotated(key, *turn)
 
-    def _length(self, *position_ids: Tensor) -> Tensor | None:
-        """Returns each row's length, float32, `(B or 1,)`, if that is asked for."""
+    def _length(self, *sides: tuple[Tensor, Tensor | None]) -> Any:
+        """Returns how long the texts are, if anything depends on that.
+
+        Args:
+            *sides: Heads and their position ids.
+
+        Returns:
+            A list of integers, one or one for each row, where they are known now; else
+            a tensor `(B or 1,)`; `None` if nothing depends on it.
+        """
         if not self.depends_on_length:
             return None
-        last = ops.max(position_ids[0], axis=1)
-        for ids in position_ids[1:]:
-            last = ops.maximum(last, ops.max(ids, axis=1))
-        return ops.cast(last + 1, "float32")
+        counts = [heads.shape[1] for heads, ids in sides if ids is None]
+        if len(counts) == len(sides) and None not in counts:
+            return [max(counts)]
+        length = None
+        for heads, ids in sides:
+            last = ops.max(_counted(heads) if ids is None else ids, axis=1) + 1
+            length = last if length is None else ops.maximum(length, last)
+        known = known_numbers(length)
+        return length if known is None else known.tolist()
 
     def _rotated(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         dtype, width = heads.dtype, self.rotary_dim or heads.shape[-1]
         x = at_least_float32(heads[..., :width])
+        cos, sin = ops.cast(cos, x.dtype), ops.cast(sin, x.dtype)
         if self.interleaved:
             first, second = x[..., ::2], x[..., 1::2]
         else:
@@ -194,16 +217,18 @@ class RotaryEmbedding(keras.layers.Layer):
             return x
         return ops.concatenate([x, heads[..., width:]], axis=-1)
 
-    def _cos_and_sin(self, position_ids, heads, length):
+    def _cos_and_sin(self, heads, position_ids, length):
         """Cosine and sine of the angles, float32, shape `(B or 1, T, 1, width / 2)`."""
+        ids = _counted(heads) if position_ids is None else position_ids
         width = self.rotary_dim or heads.shape[-1]
         radians, factor = self._frequencies(width)
         if length is None:
-            angles = _angles(position_ids, radians)
+            angles = _angles(ids, radians)
+        elif isinstance(length, list):
+            found = {each: self._slowed(radians, width, each) for each in set(length)}
+            angles = _angles(ids, [[found[each]] for each in length])
         else:
-            # As exact as float32 is: these frequencies are known only now.
-            slower = self._dynamic_frequencies(radians, width, length)
-            angles = ops.cast(position_ids, "float32")[..., None] * slower
+            angles = self._angles_of_lengths(ids, radians, width, length)
         angles = angles[:, :, None, :]
         return ops.cos(angles) * factor, ops.sin(angles) * factor
 
@@ -213,14 +238,32 @@ class RotaryEmbedding(keras.layers.Layer):
             self._known_frequencies = width, tuple(radians), factor
         return self._known_frequencies[1:]
 
-    def _dynamic_frequencies(self, radians, width, length):
-        """Radians a position for texts of these lengths, `(B or 1, 1, width / 2)`."""
-        factor = self._scaling["factor"]
-        trained = self._scaling["original_max_position_embeddings"]
-        stretch = factor * ops.maximum(length, trained) / trained - (factor - 1.0)
+    def _slowed(self, radians, width, length):
+        """Returns the frequencies for a text of this length, a number."""
+        stretch = self._stretch(max(length, self._trained_length))
+        exponents = slow_down(width)
+        return [x * stretch**-y for x, y in zip(radians, exponents, strict=True)]
+
+    def _angles_of_lengths(self, position_ids, radians, width, length):
+        """Returns the angles in texts whose lengths `(B or 1,)` are known later."""
+        length = ops.cast(length, "float32")
         exponents = ops.convert_to_tensor(slow_down(width), dtype="float32")
-        slower = ops.exp(-exponents * ops.log(stretch)[:, None])
-        return slower[:, None] * ops.convert_to_tensor(radians, dtype="float32")
+        stretch = self._stretch(ops.maximum(length, self._trained_length))
+        slower = ops.exp(-exponents * ops.log(stretch)[:, None])[:, None]
+        slower = slower * ops.convert_to_tensor(radians, dtype="float32")
+        return ops.where(
+            (length <= self._trained_length)[:, None, None],
+            _angles(position_ids, radians),
+            ops.cast(position_ids, "float32")[..., None] * slower,
+        )
+
+    def _stretch(self, length):
+        factor = self._scaling["factor"]
+        return factor * length / self._trained_length - (factor - 1.0)
+
+    @property
+    def _trained_length(self) -> float:
+        return self._scaling["original_max_position_embeddings"]
 
     def compute_output_shape(self, input_shape: Shape) -> Shape:
         """Returns the shape of the inputs."""
@@ -241,23 +284,34 @@ def _counted(heads: Tensor) -> Tensor:
     return ops.arange(ops.shape(heads)[1], dtype="int32")[None]
 
 
-def _angles(position_ids: Tensor, radians: tuple[float, ...]) -> Tensor:
+def _angles(position_ids: Tensor, radians: Sequence) -> Tensor:
     """Position times frequency, without whole turns, float32, `(B or 1, T, pairs)`.
 
     Far from 0 the product is too large for float32. In units of 2^-32 of a turn whole
     turns are what 32-bit integers drop by themselves, so that the product with the
     frequency's whole units is exact, and what is left of the frequency is small.
+
+    Args:
+        position_ids: Whole numbers of shape `(B or 1, T)`.
+        radians: Frequencies as lists of floats, shape `(pairs,)` or `(rows, 1, pairs)`.
     """
-    units = [each / (2 * math.pi) * 2.0**32 for each in radians]
-    whole = [round(each) for each in units]
-    rest = [each - near for each, near in zip(units, whole, strict=True)]
-    whole = [(near + 2**31) % 2**32 - 2**31 for near in whole]
+    whole, rest = _whole_and_rest(radians)
     whole = ops.convert_to_tensor(whole, dtype="int32")
     rest = ops.convert_to_tensor(rest, dtype="float32")
     position_ids = ops.cast(position_ids, "int32")[..., None]
     units = ops.cast(position_ids * whole, "float32")
     units = units + ops.cast(position_ids, "float32") * rest
     return units * (2 * math.pi / 2**32)
+
+
+def _whole_and_rest(radians: Any) -> tuple[Any, Any]:
+    """Splits frequencies into whole units, as int32 has them, and what is left."""
+    if isinstance(radians, list | tuple):
+        parts = [_whole_and_rest(each) for each in radians]
+        return [whole for whole, _ in parts], [rest for _, rest in parts]
+    units = radians / (2 * math.pi) * 2.0**32
+    whole = round(units)
+    return (whole + 2**31) % 2**32 - 2**31, units - whole
 
 
 def _require_even(name: str, width: int) -> None:

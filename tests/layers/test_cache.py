@@ -281,6 +281,32 @@ def test_an_old_cache_can_be_gone_on_from_twice():
         np.testing.assert_array_equal(to_numpy(cache[name]), part)
 
 
+def test_scores_of_a_ring_have_the_old_slots_and_then_the_new_tokens():
+    layer = made(sliding_window=3)
+    for count, columns in ((1, 3), (5, 8), (None, None)):
+        symbolic = layer(
+            keras.Input((count, FEATURES), batch_size=BATCH),
+            cache=layer.init_cache(BATCH, 9),
+            return_attention_scores=True,
+        )
+        assert symbolic[1].shape == (BATCH, 4, count, columns)
+        if count is not None:
+            x = to_tensor(draw(BATCH, count, FEATURES))
+            cache = layer.init_cache(BATCH, 9)
+            _, scores, _ = layer(x, cache=cache, return_attention_scores=True)
+            assert tuple(scores.shape) == (BATCH, 4, count, columns)
+
+
+def test_a_chunk_of_no_tokens_changes_nothing():
+    layer = made(keras_mha.RotaryEmbedding())
+    x = to_tensor(draw(BATCH, 3, FEATURES))
+    _, cache = layer(x, cache=layer.init_cache(BATCH, 4), use_causal_mask=True)
+    output, after = layer(x[:, :0], cache=cache, use_causal_mask=True)
+    assert tuple(output.shape) == (BATCH, 0, FEATURES)
+    for name in cache:
+        np.testing.assert_array_equal(to_numpy(after[name]), to_numpy(cache[name]))
+
+
 @pytest.mark.parametrize("slots", [1, 3, 4])
 def test_slots_hold_the_last_positions(slots):
     lengths = np.arange(10)
@@ -401,6 +427,26 @@ def _while_loop(layer, x, cache, xla):
         return tf.while_loop(lambda i, *_: i < LENGTH, step, carry)[2].stack()
 
     return run(cache)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="speaks of TensorFlow's variables")
+def test_a_cache_can_be_kept_in_variables():
+    import tensorflow as tf
+
+    layer = made(keras_mha.RotaryEmbedding())
+    x = draw(BATCH, 4, FEATURES)
+    cache = layer.init_cache(BATCH, 4)
+    variables = {name: tf.Variable(part) for name, part in cache.items()}
+
+    @tf.function
+    def step(token):
+        output, new = layer(token, cache=variables, use_causal_mask=True)
+        for name, variable in variables.items():
+            variable.assign(new[name])
+        return output
+
+    found = [to_numpy(step(to_tensor(x[:, i : i + 1]))) for i in range(4)]
+    assert_close(np.concatenate(found, axis=1), whole(layer, x))
 
 
 def test_a_functional_model_takes_and_returns_a_cache(tmp_path):

@@ -814,3 +814,72 @@ def test_two_layers_may_share_a_table():
     model = keras.Model(x, layers[1](layers[0](x)))
     assert len(model.weights) == 4 + 4 + 1
     assert layers[0].position.table is layers[1].position.table
+
+
+def test_a_shared_table_is_shared_again_once_it_is_loaded(tmp_path):
+    shared = keras_mha.RelativePositionBias()
+    inputs = keras.Input((5, WIDTH))
+    x = keras_mha.MultiHeadAttention(2, 4, position=shared)(inputs)
+    x = keras_mha.MultiHeadAttention(2, 4, position=shared)(x)
+    model = keras.Model(inputs, x)
+    model.save(tmp_path / "shared.keras")
+    loaded = keras.saving.load_model(tmp_path / "shared.keras")
+    tables = [layer.position.table for layer in loaded.layers[1:]]
+    assert tables[0] is tables[1]
+    assert len(loaded.weights) == len(model.weights)
+    x = to_tensor(draw(2, 5, WIDTH))
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+def test_a_config_is_plain_data_and_makes_a_position_of_its_own():
+    layer = made("relative", (2, 5, WIDTH))
+    config = json.loads(json.dumps(layer.get_config()))
+    again = keras_mha.MultiHeadAttention.from_config(config)
+    assert again.get_config() == layer.get_config()
+    assert again.position is not layer.position
+
+
+@pytest.mark.parametrize("position", KINDS)
+def test_positions_along_one_axis_of_several(position):
+    """Ids of one batch row stand for all, as those without a batch axis do."""
+    x = draw(2, 3, 5, WIDTH)
+    layer = keras_mha.MultiHeadAttention(
+        2, 4, attention_axes=2, position=position_layer(POSITIONS[position])
+    )
+    ids = np.array([3, 1, 7, 20, 4])
+    found, alike, each = (
+        to_numpy(layer(to_tensor(x), position_ids=as_tensor(ids)))
+        for ids in (ids, np.tile(ids, (1, 3, 1)), np.tile(ids, (2, 3, 1)))
+    )
+    plain = keras_mha.MultiHeadAttention(2, 4, position=layer.position)
+    plain.build((6, 5, WIDTH))
+    plain.set_weights(layer.get_weights())
+    rows = to_tensor(x.reshape(6, 5, WIDTH))
+    expected = to_numpy(plain(rows, position_ids=as_tensor(ids)))
+    for output in (found, alike, each):
+        assert_close(output, expected.reshape(x.shape))
+
+
+def test_position_ids_as_lists():
+    x = to_tensor(draw(2, 3, WIDTH))
+    layer = made("rotary", x.shape)
+    for ids in ([0, 1, 5], [[0, 1, 5], [9, 0, 40]]):
+        expected = layer(x, position_ids=as_tensor(np.array(ids)))
+        assert_close(to_numpy(layer(x, position_ids=ids)), to_numpy(expected))
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has float64 only when told so")
+@pytest.mark.parametrize("position", KINDS)
+def test_float64(position):
+    x = draw(2, 5, WIDTH)
+    layer = made(position, x.shape, dtype="float64")
+    output = layer(to_tensor(x, "float64"), use_causal_mask=True)
+    assert keras.backend.standardize_dtype(output.dtype) == "float64"
+    expected = by_definition(layer, position, x, use_causal_mask=True)[0]
+    assert_close(to_numpy(output), expected)
+
+
+@pytest.mark.parametrize("position", KINDS)
+def test_sequences_of_length_0(position):
+    layer = made(position, (2, 5, WIDTH))
+    assert tuple(layer(to_tensor(draw(2, 0, WIDTH))).shape) == (2, 0, WIDTH)

@@ -268,6 +268,27 @@ def test_angles_are_exact_in_half_types(scaling, dtype):
     assert_close(found, oracle.rotary(x, FAR_IDS, scaling=scaling), dtype)
 
 
+@pytest.mark.parametrize("trained", [4096, 2**21])
+def test_dynamic_scaling_is_exact_where_the_length_is_known(trained):
+    scaling = {**DYNAMIC, "original_max_position_embeddings": trained}
+    layer = keras_mha.RotaryEmbedding(scaling=scaling)
+    x = np.concatenate([unit_pairs(len(FAR_IDS), 64, False)] * 2)
+    ids = np.stack([FAR_IDS, FAR_IDS // 1000])  # rows of different lengths
+    found = to_numpy(layer(to_tensor(x), to_tensor(ids, "int32")))
+    expected = oracle.rotary(x, ids, scaling=scaling)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_dynamic_scaling_is_exact_within_the_trained_length_when_compiled():
+    scaling = {**DYNAMIC, "original_max_position_embeddings": 2**21}
+    layer = keras_mha.RotaryEmbedding(scaling=scaling)
+    x = unit_pairs(len(FAR_IDS), 32)
+    compiled = backend_jit(lambda x, ids: layer(x, ids), xla=True)
+    found = to_numpy(compiled(to_tensor(x), to_tensor(FAR_IDS, "int32")))
+    expected = oracle.rotary(x, FAR_IDS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dynamic_scaling_in_half_types(dtype):
     x = rounded(draw(1, 40, 2, 8), dtype)

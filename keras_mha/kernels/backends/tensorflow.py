@@ -131,7 +131,8 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
 
 def known(x: Any) -> np.ndarray | None:
     """Returns the numbers of a tensor, or `None` while a program is only written."""
-    return x.numpy() if tf.is_tensor(x) and hasattr(x, "numpy") else None
+    x = tf.convert_to_tensor(x)  # a Variable in a graph has numbers, but of before
+    return x.numpy() if hasattr(x, "numpy") else None
 
 
 def with_gradient(
