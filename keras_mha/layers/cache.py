@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
 from keras_mha.masks import Mask
-from keras_mha.ops.known_numbers import known_numbers
+from keras_mha.ops.tensors import known_numbers, with_one_replaced
 
 Cache = dict[str, Tensor]
 
@@ -177,8 +177,7 @@ class NewTokens:
             held = ops.take_along_axis(old, slot[:, None, None, None], axis=1)
             is_added = self.after > self.before
             x = ops.where(is_added[:, None, None, None], x, held)
-        row = ops.arange(ops.shape(slot)[0], dtype="int32")
-        return ops.scatter_update(old, ops.stack([row, slot], axis=1), x[:, 0])
+        return with_one_replaced(old, slot, x[:, 0])
 
     def _put_many(self, x: Tensor, old: Tensor, positions: Tensor) -> Tensor:
         """Puts tokens `(B, T, K, width)` into the slots of their positions."""

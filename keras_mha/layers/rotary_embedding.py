@@ -11,7 +11,7 @@ from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_float
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
-from keras_mha.ops.known_numbers import known_numbers
+from keras_mha.ops.tensors import known_numbers
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")

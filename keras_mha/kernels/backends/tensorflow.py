@@ -135,6 +135,12 @@ def known(x: Any) -> np.ndarray | None:
     return x.numpy() if hasattr(x, "numpy") else None
 
 
+def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
+    """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
+    rows = tf.range(tf.shape(x)[0])
+    return tf.tensor_scatter_nd_update(x, tf.stack([rows, index], axis=1), new)
+
+
 def with_gradient(
     forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
 ) -> Any:

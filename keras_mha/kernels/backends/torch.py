@@ -138,6 +138,12 @@ def known(x: Any) -> np.ndarray | None:
     return x.detach().cpu().numpy()
 
 
+def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
+    """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x.index_put((rows, index), new)
+
+
 # The compiler would unroll the loops over tiles: it runs them as they are.
 @torch.compiler.disable
 def with_gradient(

@@ -1,0 +1,33 @@
+"""What layers need of tensors and `keras.ops` does not give."""
+
+import numpy as np
+
+from keras_mha._keras import Tensor
+from keras_mha.kernels import backends
+
+
+def known_numbers(x: Tensor) -> np.ndarray | None:
+    """Returns the numbers of a tensor.
+
+    Args:
+        x: A tensor.
+
+    Returns:
+        A NumPy array; `None` while a compiler is only writing the program that will
+        work them out.
+    """
+    return backends.current().known(x)
+
+
+def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
+    """Returns `x` with one element of each row of the batch replaced.
+
+    `x` stays as it is; a compiler that sees that nobody needs it any more writes in
+    place. (Keras's own `scatter_update` has not always left it alone.)
+
+    Args:
+        x: Shape `(B, L, ...)`.
+        index: Which element of each row, whole numbers of shape `(B,)`.
+        new: Shape `(B, ...)`.
+    """
+    return backends.current().with_one_replaced(x, index, new)
