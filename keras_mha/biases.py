@@ -22,6 +22,9 @@ class Bias:
     numbers are constants.
     """
 
+    is_finite = False
+    """Whether none of its numbers is so low that it masks."""
+
     def block(self, tile: Tile) -> Tensor:
         """Returns what is added to a tile of the scaled scores.
 
@@ -83,8 +86,50 @@ class Positions:
                 )
 
 
+class DistanceBias(Bias):
+    """Base of the biases that follow from key position minus query position alone.
+
+    A subclass holds `positions` and implements `of_distances`.
+    """
+
+    positions: Positions
+    is_finite = True
+
+    def of_distances(self, distances: Tensor, tile: Tile) -> Tensor:
+        """Returns `(heads, *shape)` for distances, int32, of any shape."""
+        raise NotImplementedError
+
+    def block(self, tile):
+        if self.positions.are_counted:
+            return self._along_diagonals(tile)[None]
+        found = self.of_distances(self.positions.distances(tile), tile)
+        return ops.transpose(found[:, :, 0], (1, 0, 2, 3))
+
+    def _along_diagonals(self, tile):
+        """The same number all along a diagonal: worked out once for each of them."""
+        rows, columns = tile.rows, tile.columns
+        around = rows + columns
+        # Row 0's distances in a circle, after its last the ones left of its first: one
+        # step back at each row, which is what cutting rows one shorter does.
+        along = ops.arange(around, dtype="int32")
+        along = ops.where(along < columns, along, along - around)
+        distances = along + ops.cast(tile.column - tile.row, "int32")
+        circle = self.of_distances(distances, tile)[:, None]
+        heads = ops.shape(circle)[0]
+        if tile.is_static and rows * columns == 0:
+            return ops.zeros((heads, rows, columns), dtype=circle.dtype)
+        flat = ops.reshape(
+            ops.broadcast_to(circle, (heads, rows, around)), (heads, rows * around)
+        )
+        flat = flat[:, : rows * (around - 1)]
+        return ops.reshape(flat, (heads, rows, around - 1))[:, :, :columns]
+
+    def check(self, scores_shape):
+        self.positions.check(scores_shape)
+
+
 @dataclass(frozen=True, eq=False)
-class Slopes(Bias):
+class Slopes(DistanceBias):
     """`-slope_n * |key position - query position|` for head n.
 
     Args:
@@ -95,18 +140,18 @@ class Slopes(Bias):
     slopes: np.ndarray
     positions: Positions = Positions()
 
-    def block(self, tile):
-        distances = ops.cast(ops.abs(self.positions.distances(tile)), "float32")
+    def of_distances(self, distances, tile):
         slopes = tile.cut_heads(ops.convert_to_tensor(self.slopes), 0)
-        return -slopes[:, None, None] * distances
+        slopes = ops.reshape(slopes, (-1, *(1,) * len(distances.shape)))
+        return -slopes * ops.cast(ops.abs(distances), "float32")
 
     def check(self, scores_shape):
         _check_heads("ALiBi", len(self.slopes), scores_shape)
-        self.positions.check(scores_shape)
+        super().check(scores_shape)
 
 
 @dataclass(frozen=True, eq=False)
-class ByDistance(Bias):
+class ByDistance(DistanceBias):
     """A number for each head and each distance; far distances share the last one.
 
     Args:
@@ -118,38 +163,14 @@ class ByDistance(Bias):
     values: Tensor
     positions: Positions = Positions()
 
-    def block(self, tile):
-        values = tile.cut_heads(self.values, 0)
-        if self.positions.are_counted:
-            return self._diagonals(values, tile)[None]
-        found = ops.take(values, self._index(self.positions.distances(tile)), axis=1)
-        return ops.transpose(found[:, :, 0], (1, 0, 2, 3))
-
-    def _index(self, distances):
+    def of_distances(self, distances, tile):
         most = self.values.shape[1] // 2
-        return ops.clip(distances, -most, most) + most
-
-    def _diagonals(self, values, tile):
-        """The same number all along a diagonal: looked up once for each of them."""
-        heads, rows, columns = ops.shape(values)[0], tile.rows, tile.columns
-        if tile.is_static and rows * columns == 0:
-            return ops.zeros((heads, rows, columns), dtype=values.dtype)
-        # Row 0's distances in a circle, after its last the ones left of its first: one
-        # step back at each row, which is what cutting rows one shorter does.
-        along = ops.arange(rows + columns, dtype="int32")
-        along = ops.where(along < columns, along, along - (rows + columns))
-        distances = along + ops.cast(tile.column - tile.row, "int32")
-        circle = ops.take(values, self._index(distances), axis=1)[:, None]
-        around = rows + columns
-        flat = ops.reshape(
-            ops.broadcast_to(circle, (heads, rows, around)), (heads, rows * around)
-        )
-        flat = flat[:, : rows * (around - 1)]
-        return ops.reshape(flat, (heads, rows, around - 1))[:, :, :columns]
+        index = ops.clip(distances, -most, most) + most
+        return ops.take(tile.cut_heads(self.values, 0), index, axis=1)
 
     def check(self, scores_shape):
         _check_heads("RelativePositionBias", self.values.shape[0], scores_shape)
-        self.positions.check(scores_shape)
+        super().check(scores_shape)
 
 
 def _check_heads(name: str, heads: int, scores_shape: Shape) -> None:

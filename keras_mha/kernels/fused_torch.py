@@ -114,14 +114,16 @@ def _torch_mask(call, tile):
     bias = bias_block(call, tile)
     allowed = allowed_pairs(call, tile, bias)
     if allowed is None:
-        return None, None
+        return None if bias is None else bias.to(_dtype(call)), None
     seen = allowed.any(dim=-1, keepdim=True)
     if bias is None:
         return allowed | ~seen, seen
     dtype = _dtype(call)
-    # Finite, since a float32 bias may be out of the range of float16.
-    lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
-    bias = bias.clamp(min=lowest).to(dtype)
+    if call.bias is not None:
+        # Finite, since a float32 bias may be out of the range of float16.
+        lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
+        bias = bias.clamp(min=lowest)
+    bias = bias.to(dtype)
     hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
     return torch.where(allowed, bias, hidden), seen
 

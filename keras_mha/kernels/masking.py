@@ -49,10 +49,15 @@ def allowed_pairs(
         tile.is_static and call.mask.status(tile) == "full"
     ):
         allowed = mask_block(call.mask, tile, *call.scores_shape[:2])
-    if bias is None:
+    if bias is None or not _may_mask(call):
         return allowed
     seen = bias > LOWEST
     return seen if allowed is None else ops.logical_and(allowed, seen)
+
+
+def _may_mask(call: AttentionCall) -> bool:
+    """Whether what is added to the scores can hide keys."""
+    return call.bias is not None or not call.position_bias.is_finite
 
 
 def mask_block(mask: Mask, tile: Tile, batch: int | None, heads: int) -> Tensor:
