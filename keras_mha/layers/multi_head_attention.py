@@ -597,7 +597,9 @@ class MultiHeadAttention(keras.layers.Layer):
         self, query, value, key, cache, masks, position_ids, causal
     ):
         """Projects the new tokens and puts them into the cache."""
-        masks = [ops.cast(mask, "bool") for mask in masks if mask is not None]
+        masks = [
+            ops.cast(_spread(mask, query), "bool") for mask in masks if mask is not None
+        ]
         valid = functools.reduce(ops.logical_and, masks) if masks else None
         length = ops.shape(query)[1]
         new = kv_cache.NewTokens(cache, length, valid, self._sliding_window)

@@ -357,6 +357,15 @@ def test_a_compiled_program_marks_rows_without_room_and_overwrites_nothing(count
         )
 
 
+def test_a_mask_of_whole_rows():
+    layer = made()
+    x = to_tensor(draw(BATCH, 4, FEATURES))
+    rows = to_tensor([True, False], "bool")
+    cache = layer.init_cache(BATCH, 5)
+    _, cache = layer(x, query_mask=rows, cache=cache, use_causal_mask=True)
+    assert to_numpy(cache["length"]).tolist() == [4, 0]
+
+
 def test_a_row_that_is_done_can_stay_masked():
     layer = made()
     x = to_tensor(draw(BATCH, 4, FEATURES))
