@@ -96,11 +96,13 @@ class NewTokens:
     def __init__(
         self, cache: Cache, count: Any, valid: Tensor | None, window: int | None
     ):
+        # Variables of a backend's own become tensors.
+        cache = {name: ops.convert_to_tensor(x) for name, x in cache.items()}
         self.cache, self.count = cache, count
         self.valid, self.window = valid, window
         self.slots = slots(cache)
         self.is_ring = is_ring(cache, window)
-        self.before = ops.convert_to_tensor(cache["length"])
+        self.before = cache["length"]
         index = ops.arange(count, dtype="int32")[None]
         if valid is None:
             self.number = count + ops.zeros_like(self.before)
