@@ -96,8 +96,6 @@ class NewTokens:
     def __init__(
         self, cache: Cache, count: Any, valid: Tensor | None, window: int | None
     ):
-        # Variables of a backend's own become tensors.
-        cache = {name: ops.convert_to_tensor(x) for name, x in cache.items()}
         self.cache, self.count = cache, count
         self.valid, self.window = valid, window
         self.slots = slots(cache)
