@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
 from keras_mha.masks import Mask
-from keras_mha.ops.tensors import known_numbers, with_one_replaced
+from keras_mha.ops.tensors import known_numbers, plain, with_one_replaced
 
 Cache = dict[str, Tensor]
 
@@ -96,6 +96,7 @@ class NewTokens:
     def __init__(
         self, cache: Cache, count: Any, valid: Tensor | None, window: int | None
     ):
+        cache = {name: plain(x) for name, x in cache.items()}
         self.cache, self.count = cache, count
         self.valid, self.window = valid, window
         self.slots = slots(cache)

@@ -19,6 +19,14 @@ def known_numbers(x: Tensor) -> np.ndarray | None:
     return backends.current().known(x)
 
 
+def plain(x: Tensor) -> Tensor:
+    """Returns the tensor that a variable of the backend's own (not Keras's) holds now.
+
+    Some of `keras.ops` take TensorFlow's variables for tensors and then fail.
+    """
+    return backends.current().plain(x)
+
+
 def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """Returns `x` with one element of each row of the batch replaced.
 

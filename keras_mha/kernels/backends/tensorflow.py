@@ -135,9 +135,13 @@ def known(x: Any) -> np.ndarray | None:
     return x.numpy() if hasattr(x, "numpy") else None
 
 
+def plain(x: Any) -> Any:
+    """Returns the tensor that a variable of the backend's own holds now."""
+    return tf.convert_to_tensor(x)
+
+
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
-    x = tf.convert_to_tensor(x)  # of a Variable
     rows = tf.range(tf.shape(x)[0])
     return tf.tensor_scatter_nd_update(x, tf.stack([rows, index], axis=1), new)
 

@@ -138,6 +138,11 @@ def known(x: Any) -> np.ndarray | None:
     return x.detach().cpu().numpy()
 
 
+def plain(x: Any) -> Any:
+    """Returns the tensor that a variable of the backend's own holds now."""
+    return x
+
+
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
     rows = torch.arange(x.shape[0], device=x.device)
