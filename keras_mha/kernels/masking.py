@@ -5,7 +5,7 @@ from typing import Any
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Tensor, dtype_name
+from keras_mha._keras import Tensor, at_least_float32, dtype_name
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Mask, Tile, whole_tile
 
@@ -30,7 +30,10 @@ def bias_block(call: AttentionCall, tile: Tile) -> Tensor | None:
         bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
     if call.position_bias is not None:
         block = call.position_bias.block(tile)
-        bias = block if bias is None else bias + ops.cast(block, bias.dtype)
+        if bias is None:
+            return block
+        bias = at_least_float32(bias)  # a half type would round the position's
+        bias = bias + ops.cast(block, bias.dtype)
     return bias
 
 

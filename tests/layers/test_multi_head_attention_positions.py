@@ -883,3 +883,23 @@ def test_float64(position):
 def test_sequences_of_length_0(position):
     layer = made(position, (2, 5, WIDTH))
     assert tuple(layer(to_tensor(draw(2, 0, WIDTH))).shape) == (2, 0, WIDTH)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_half_type_bias_does_not_round_that_of_the_position(implementation):
+    query, key, value = (to_tensor(draw(1, 40, 2, 4, seed=seed)) for seed in range(3))
+    ids = to_tensor(np.arange(40)[None] * 777, "int32")
+    position = keras_mha.ALiBi(2).bias(ids, ids)
+    outputs = [
+        keras_mha.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            position_bias=position,
+            scale=100.0,
+            implementation=implementation,
+        )
+        for bias in (None, to_tensor(np.zeros((1, 2, 40, 40)), "bfloat16"))
+    ]
+    assert_close(*map(to_numpy, outputs))
