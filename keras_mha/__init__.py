@@ -1,7 +1,7 @@
 """Multi-head attention for Keras 3, correct on TensorFlow, JAX and PyTorch."""
 
 import keras_mha._keras  # noqa: F401  first, to say what to do without a backend
-from keras_mha import masks, positions
+from keras_mha import interop, masks, positions
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
 from keras_mha.positions import ALiBi, RelativePositionBias, RotaryEmbedding
@@ -15,6 +15,7 @@ __all__ = [
     "RotaryEmbedding",
     "__version__",
     "dot_product_attention",
+    "interop",
     "masks",
     "plan_attention",
     "positions",

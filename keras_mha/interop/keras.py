@@ -1,0 +1,98 @@
+"""From Keras's own attention layers."""
+
+from typing import Any
+
+import keras
+
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
+
+# Exactly these: a subclass may change what its parent's weights mean.
+KERAS_LAYERS = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+
+
+def from_keras(layer: keras.layers.Layer) -> MultiHeadAttention:
+    """Makes our layer of Keras's `MultiHeadAttention` or `GroupQueryAttention`.
+
+    Its whole configuration and state are taken over: name, dtype policies, weights,
+    trainable flags, LoRA, int8 weights, and where its dropout's random numbers are.
+    Only `flash_attention` is not: ours chooses the implementation by itself.
+
+    Args:
+        layer: The layer, which stays as it is. One without weights gives one without.
+
+    Returns:
+        A `MultiHeadAttention`, built if `layer` is.
+
+    Raises:
+        TypeError: If `layer` is neither of them, or of a subclass.
+        ValueError: If it is quantized otherwise than to int8 or float8.
+
+    Example:
+
+    >>> old = keras.layers.MultiHeadAttention(num_heads=8, key_dim=64)
+    >>> new = keras_mha.interop.from_keras(old)
+    """
+    if type(layer) not in KERAS_LAYERS:
+        raise TypeError(
+            "`layer` must be a keras.layers.MultiHeadAttention or "
+            "keras.layers.GroupQueryAttention, not of a subclass. "
+            f"Received: layer={layer!r} (of type {type(layer).__name__})"
+        )
+    new = MultiHeadAttention.from_config(_config_of(layer))
+    if layer.built:
+        new.build_from_config(layer.get_build_config())
+        _copy_state(layer, new)
+    return new
+
+
+def _config_of(layer: keras.layers.Layer) -> dict[str, Any]:
+    config = layer.get_config()
+    if type(layer) is keras.layers.GroupQueryAttention:
+        config["num_heads"] = config.pop("num_query_heads")
+        config["key_dim"] = config.pop("head_dim")
+    quantized = [x for x in _projections(layer) if x.quantization_mode is not None]
+    if quantized:
+        config["dtype"] = _quantized_policies(layer, quantized)
+    return config
+
+
+def _quantized_policies(layer, quantized) -> keras.dtype_policies.DTypePolicyMap:
+    policy = layer.dtype_policy
+    policies = keras.dtype_policies.DTypePolicyMap(
+        default_policy=getattr(policy, "default_policy", policy)
+    )
+    for dense in quantized:
+        if dense.quantization_mode not in ("int8", "float8"):
+            raise ValueError(
+                "`layer` must not be quantized otherwise than to int8 or float8. "
+                f"Received: {dense.name!r} quantized to {dense.quantization_mode}"
+            )
+        policies[f".*/{dense.name}"] = dense.dtype_policy
+    return policies
+
+
+def _projections(layer: keras.layers.Layer) -> list[keras.layers.EinsumDense]:
+    """Returns a layer's projections that there are, by the same names for all."""
+    names = ("_query_dense", "_key_dense", "_value_dense", "_gate_dense")
+    found = [getattr(layer, name, None) for name in (*names, "_output_dense")]
+    return [dense for dense in found if dense is not None]
+
+
+def _copy_state(old: keras.layers.Layer, new: MultiHeadAttention) -> None:
+    for dense, copy in zip(_projections(old), _projections(new), strict=True):
+        if dense.lora_enabled:
+            # Keras before 3.9 has no `lora_alpha`.
+            alpha = getattr(dense, "lora_alpha", None)
+            more = {} if alpha is None else {"lora_alpha": alpha}
+            copy.enable_lora(dense.lora_rank, **more)
+        copy.trainable = dense.trainable
+        _copy_variables(dense, copy)
+    _copy_variables(old._dropout_layer, new._dropout_layer)
+
+
+def _copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    copies = {variable.name: variable for variable in new.variables}
+    for variable in old.variables:
+        copy = copies[variable.name]
+        copy.assign(variable.value)
+        copy.trainable = variable.trainable
