@@ -1,9 +1,12 @@
 """From Keras's own attention layers."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from keras_mha.interop.model_copy import value_of
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 
 # Exactly these: a subclass may change what its parent's weights mean.
@@ -40,7 +43,10 @@ def from_keras(layer: keras.layers.Layer) -> MultiHeadAttention:
         )
     new = MultiHeadAttention.from_config(_config_of(layer))
     if layer.built:
-        new.build_from_config(layer.get_build_config())
+        with contextlib.ExitStack() as scopes:
+            for name in layer.path.split("/")[:-1]:
+                scopes.enter_context(keras.name_scope(name))
+            new.build_from_config(layer.get_build_config())
         _copy_state(layer, new)
     return new
 
@@ -86,13 +92,22 @@ def _copy_state(old: keras.layers.Layer, new: MultiHeadAttention) -> None:
             more = {} if alpha is None else {"lora_alpha": alpha}
             copy.enable_lora(dense.lora_rank, **more)
         copy.trainable = dense.trainable
-        _copy_variables(dense, copy)
-    _copy_variables(old._dropout_layer, new._dropout_layer)
+    for part, copy in pairs_of_parts(old, new):
+        if isinstance(part, keras.Variable):
+            copy.assign(value_of(part))
+            copy.trainable = part.trainable
 
 
-def _copy_variables(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    copies = {variable.name: variable for variable in new.variables}
-    for variable in old.variables:
-        copy = copies[variable.name]
-        copy.assign(variable.value)
-        copy.trainable = variable.trainable
+def pairs_of_parts(
+    old: keras.layers.Layer, new: MultiHeadAttention
+) -> Iterator[tuple[Any, Any]]:
+    """Yields the sublayers and variables of Keras's layer, each with its copy."""
+    if not old.built:
+        return
+    sublayers = (*_projections(old), old._dropout_layer)
+    copies = (*_projections(new), new._dropout_layer)
+    for sublayer, copy in zip(sublayers, copies, strict=True):
+        yield sublayer, copy
+        variables = {variable.name: variable for variable in copy.variables}
+        for variable in sublayer.variables:
+            yield variable, variables[variable.name]
