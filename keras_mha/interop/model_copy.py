@@ -28,6 +28,16 @@ _CHANGED = (
     "_input_spec",
     "activity_regularizer",
 )
+# How backends' own base classes keep track of what a layer holds.
+_BACKENDS_OWN = (
+    "_modules",
+    "_torch_params",
+    "_self_name_based_restores",
+    "_self_saveable_object_factories",
+    "_self_setattr_tracking",
+    "_self_unconditional_",
+    "_self_update_uid",
+)
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -102,6 +112,8 @@ class ModelCopy:
             graph = self._graph(layer)
             # `keras.Model.__init__` would make a Functional of a class that is one.
             type(graph).__init__(new, graph.input, graph.output, name=layer.name)
+            operations = [self.copies[id(x)] for x in layer.operations]
+            object.__setattr__(new, "_operations", operations)
         else:
             base = keras.Model if isinstance(layer, keras.Model) else Layer
             base.__init__(new, name=layer.name, dtype=layer.dtype_policy)
@@ -130,13 +142,9 @@ class ModelCopy:
         """Gives a copy what its original has beyond what the constructor made."""
         own = set(vars(new)) | set(vars(new).get("_modules", ()))
         new._tracker.unlock()
-        # In the order in which the original has them, that of weights and files.
         for name in ("_trainable_variables", "_non_trainable_variables"):
             for variable in getattr(layer, name):
                 new._track_variable(self.copy(variable))
-        if not own & {"_functional", "_operations"}:
-            for sublayer in layer._layers:
-                new._tracker.track(self.copy(sublayer))
         for name, value in _attributes(layer):
             if name not in own:
                 Layer.__setattr__(new, name, self.copy(value))
@@ -144,6 +152,10 @@ class ModelCopy:
                 Layer.__setattr__(new, name, value)
         if layer._tracker.locked:
             new._lock_state()
+        # In the order of the original, which that of weights and files follows.
+        _, sublayers = new._tracker.config["layers"]
+        order = {id(self.copies[id(x)]): i for i, x in enumerate(layer._layers)}
+        sublayers.sort(key=lambda x: order.get(id(x), len(order)))
 
     # ------------------------------------------------------------------ state
 
@@ -269,7 +281,7 @@ def _attributes(layer: Layer) -> Iterator[tuple[str, Any]]:
     """Yields a layer's attributes; on PyTorch layers are kept apart from the others."""
     attributes = vars(layer)
     for name, value in (*attributes.items(), *attributes.get("_modules", {}).items()):
-        if name not in ("_modules", "_torch_params") and not name.startswith("_self_"):
+        if not name.startswith(_BACKENDS_OWN):
             yield name, value
 
 
