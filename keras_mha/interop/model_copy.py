@@ -6,6 +6,7 @@ Here a copy is put together like its original: of copies of all that Keras track
 the same attributes. Graphs of Functional models are called anew.
 """
 
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ class ModelCopy:
             (keras.KerasTensor, self._symbolic),
             (types.MethodType, self._method),
             (types.FunctionType, self._function),
+            (functools.partial, self._partial),
             (list, lambda x: [self.copy(y) for y in x]),
             (tuple, self._tuple),
             (dict, self._dictionary),
@@ -250,6 +252,11 @@ class ModelCopy:
             cell.cell_contents = self.copy(content)
             is_other |= not any(cell.cell_contents is x for x in (content, new))
         return new if is_other else function
+
+    def _partial(self, x: functools.partial) -> functools.partial:
+        return functools.partial(
+            self.copy(x.func), *self.copy(x.args), **self.copy(x.keywords)
+        )
 
     def _check_compiled(self, x: Any) -> None:
         """Raises for a compiled function of something that is copied."""
