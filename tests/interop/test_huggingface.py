@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import pytest
 
+import keras_mha
+from keras_mha.info import MissingExtra
 from keras_mha.interop import from_huggingface
+from keras_mha.interop.huggingface import READERS
 from tests.helpers import call_at_once, to_numpy, to_tensor
 
 torch = pytest.importorskip("torch", reason="the modules are torch's")
@@ -561,3 +567,333 @@ def found_options(layer, names):
     config = {**layer.get_config(), "position": layer.position}
     config["num_key_value_heads"] = layer.num_key_value_heads
     return {name: {**position, **config}.get(name) for name in names}
+
+
+def test_every_known_module_is_run():
+    run = {type(built(name).module).__name__ for name in CASES}
+    assert run == set(READERS)
+
+
+def test_position_is_of_its_kind():
+    kinds = {
+        "bert": type(None),
+        "llama": keras_mha.RotaryEmbedding,
+        "bloom": keras_mha.ALiBi,
+        "t5 encoder": keras_mha.RelativePositionBias,
+        "t5 cross": type(None),
+    }
+    for name, kind in kinds.items():
+        assert type(from_huggingface(built(name).module).position) is kind
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "bert cross"])
+def test_layer_norm_and_residual_of_bert_stay_outside(name):
+    family = {"roberta": "roberta"}.get(name, "bert")
+    prefix = family.capitalize()
+    case = bert(family, prefix, memory=name == "bert cross")
+    arrays = inputs(case.memory)
+    output = output_of(from_huggingface(case.module), arrays)
+    norm = case.module.output.LayerNorm
+    with torch.no_grad():
+        x, *memory = map(torch.tensor, arrays)
+        wanted = case.module(x, encoder_hidden_states=(memory or [None])[0])[0]
+        found = norm(torch.tensor(output).float() + x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_residual_of_bloom_stays_outside():
+    module = built("bloom").module
+    x, residual = inputs()[0], inputs()[0][::-1].copy()
+    output = output_of(from_huggingface(module), [x], **CAUSAL)
+    alibi = modeling("bloom").build_alibi_tensor(
+        torch.ones(x.shape[:2]), module.num_heads, torch.float32
+    )
+    with torch.no_grad():
+        wanted = module(torch.tensor(x), torch.tensor(residual), alibi, causal_mask())
+    np.testing.assert_allclose(output + residual, wanted[0], rtol=0, atol=TOLERANCE)
+
+
+# ---------------------------------------------------------------------- t5's table
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_blocks_of_t5_share_the_first_ones_table(is_decoder):
+    options = {
+        "d_model": WIDTH,
+        "d_kv": 10,
+        "d_ff": 8,
+        "num_heads": 4,
+        "num_layers": 2,
+        "vocab_size": 8,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 10,
+    }
+    config = config_of("t5", "T5Config", is_decoder=is_decoder, **options)
+    stack = random(modeling("t5").T5Stack(config))
+    modules = [block.layer[0].SelfAttention for block in stack.block]
+    first = from_huggingface(modules[0])
+    second = from_huggingface(modules[1], position=first.position)
+    assert second.position is first.position
+    x = inputs()[0]
+    mask = causal_mask() if is_decoder else None
+    with torch.no_grad():
+        hidden, bias, _ = modules[0](torch.tensor(x), mask=mask)
+        # What the stack hands on from block to block.
+        wanted = modules[1](hidden, mask=mask, position_bias=bias)[0]
+    call = CAUSAL if is_decoder else {}
+    found = output_of(second, [output_of(first, [x], **call)], **call)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def test_module_with_a_position_of_its_own_takes_no_other():
+    position = from_huggingface(built("t5 encoder").module).position
+    with pytest.raises(ValueError, match="relative_attention_bias"):
+        from_huggingface(built("t5 encoder").module, position=position)
+    for name in ("llama", "bloom", "bert"):
+        with pytest.raises(ValueError, match="take theirs from another one"):
+            from_huggingface(built(name).module, position=position)
+
+
+def test_position_of_another_stack_is_refused():
+    encoder = from_huggingface(built("t5 encoder").module)
+    decoder = t5(table=False, is_decoder=True).module
+    with pytest.raises(ValueError, match=r"'bidirectional': False.* a position with"):
+        from_huggingface(decoder, position=encoder.position)
+    with pytest.raises(TypeError, match="must be a RelativePositionBias"):
+        from_huggingface(decoder, position=keras_mha.RotaryEmbedding())
+    other_heads = keras_mha.RelativePositionBias(5, 8, 10, bidirectional=False)
+    with pytest.raises(ValueError, match="num_heads=5 and 4"):
+        from_huggingface(decoder, position=other_heads)
+
+
+# ---------------------------------------------------------------------- configurations
+
+
+def with_config_of_version_4(case, **changes):
+    """A copy whose configuration has its rotary positions under the older names."""
+    module = copy.deepcopy(case.module)
+    kept = {"max_position_embeddings": TRAINED, "sliding_window": WINDOW}
+    module.config = types.SimpleNamespace(**kept, **changes)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("new", "old"),
+    [
+        ("llama", {"rope_theta": 10_000.0, "rope_scaling": None}),
+        (
+            "llama linear",
+            {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        ),
+        (
+            "llama dynamic",
+            {"rope_theta": 500.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        ),
+        (
+            "llama 3",
+            {"rope_theta": 500.0, "rope_scaling": LLAMA3},
+        ),
+        (
+            "gemma3 window",
+            {
+                "rope_theta": 900.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            "gemma3 full",
+            {
+                "rope_theta": 900.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            "phi3 partial window",
+            {"rope_theta": 300.0, "rope_scaling": None, "partial_rotary_factor": 0.5},
+        ),
+    ],
+)
+def test_configuration_of_version_4(new, old):
+    case = built(new)
+    layer = from_huggingface(with_config_of_version_4(case, **old))
+    assert found_options(layer, case.options) == case.options
+    wanted = from_huggingface(case.module).position.max_wavelength
+    assert layer.position.max_wavelength == wanted
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "proportional", "made_up"])
+def test_unknown_scaling_of_rotary_positions_is_refused(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 100.0}
+    module = with_config_of_version_4(built("llama"), rope_parameters=rope)
+    with pytest.raises(ValueError, match=f"rope_type='{rope_type}'"):
+        from_huggingface(module)
+
+
+def test_rotary_part_of_the_features_is_refused_where_all_rotate():
+    rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
+    module = with_config_of_version_4(built("llama"), rope_parameters=rope)
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+        from_huggingface(module)
+
+
+def test_window_that_transformers_counts_otherwise_is_refused():
+    module = copy.deepcopy(built("mistral").module)
+    module.config.is_causal = False
+    with pytest.raises(ValueError, match="is_causal=False"):
+        from_huggingface(module)
+
+
+def test_relative_positions_of_bert_are_refused():
+    module = copy.deepcopy(built("bert").module)
+    module.self.position_embedding_type = "relative_key"
+    with pytest.raises(ValueError, match="position_embedding_type='relative_key'"):
+        from_huggingface(module)
+
+
+def test_adapters_are_refused():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    module = copy.deepcopy(built("llama").module)
+    module.k_proj = Adapted(WIDTH, 24)
+    with pytest.raises(ValueError, match=r"k_proj must be a torch\.nn\.Linear"):
+        from_huggingface(module)
+
+
+def test_module_built_otherwise_is_refused():
+    module = copy.deepcopy(built("vit").module)
+    del module.q_proj
+    with pytest.raises(ValueError, match=r"(?s)not as transformers 5.*set_projections"):
+        from_huggingface(module)
+
+
+# ---------------------------------------------------------------------- other modules
+
+
+def subclass_of_llama():
+    parent = type(built("llama").module)
+    module = copy.deepcopy(built("llama").module)
+    module.__class__ = type("LlamaAttention", (parent,), {"__module__": __name__})
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.nn.Linear(2, 2),
+        lambda: torch.nn.MultiheadAttention(4, 2),
+        lambda: built("bert").module.output,
+        subclass_of_llama,
+        lambda: None,
+    ],
+)
+def test_unknown_module_is_refused_with_the_known_ones(make):
+    module = make()
+    with pytest.raises(TypeError) as refusal:
+        from_huggingface(module)
+    message = str(refusal.value)
+    assert f"Received: a {type(module).__module__}.{type(module).__name__}" in message
+    assert "keras_mha.interop.set_projections" in message
+    assert all(name in message for name in READERS)
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_missing_package_is_named_with_its_install_line(missing, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == missing else find(name, *more),
+    )
+    with pytest.raises(MissingExtra) as refusal:
+        from_huggingface(built("bert").module)
+    message = f"from_huggingface needs {missing}, pip install "
+    assert message + '"keras-mha[huggingface]" installs it' in str(refusal.value)
+
+
+# ---------------------------------------------------------------------- the layer
+
+
+def test_module_and_layer_do_not_share_memory():
+    case = gpt2()
+    before = {name: x.clone() for name, x in case.module.state_dict().items()}
+    layer = from_huggingface(case.module)
+    for weight in layer.weights:
+        weight.assign(keras.ops.zeros_like(weight))
+    after = case.module.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    layer = from_huggingface(case.module)
+    weights = [np.array(x) for x in layer.get_weights()]
+    random(case.module, seed=3)
+    for weight, kept in zip(layer.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(weight, kept)
+
+
+def test_module_stays_in_its_mode_and_device():
+    module = copy.deepcopy(built("llama").module).train()
+    module.q_proj.weight.requires_grad_(False)
+    from_huggingface(module)
+    assert module.training
+    assert not module.q_proj.weight.requires_grad
+    assert module.k_proj.weight.requires_grad
+    assert module.k_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3 window", "gpt_oss window"])
+def test_module_in_bfloat16(name):
+    case = CASES[name]()
+    arrays = inputs()
+    layer = from_huggingface(case.module.bfloat16())
+    assert layer.compute_dtype == "float32"
+    rounded = case._replace(module=case.module.float())
+    np.testing.assert_allclose(
+        output_of(layer, arrays, **case.call),
+        output_of_module(rounded.expected, arrays),
+        rtol=0,
+        atol=TOLERANCE,
+    )
+    half = from_huggingface(case.module.bfloat16(), dtype="bfloat16")
+    assert half.compute_dtype == "bfloat16"
+    wanted = output_of_module(case.expected, arrays, torch.bfloat16)
+    assert np.abs(output_of(half, arrays, **case.call) - wanted).max() < 0.1
+
+
+def test_further_arguments_are_those_of_any_keras_layer():
+    layer = from_huggingface(
+        built("bert").module, name="heads", dtype="float16", trainable=False
+    )
+    assert layer.name == "heads"
+    assert layer.compute_dtype == "float16"
+    assert not layer.trainable_weights
+
+
+@pytest.mark.parametrize("name", ["t5 encoder", "gpt_oss window", "gemma3 full"])
+def test_layer_is_saved_and_loaded(name, tmp_path):
+    case = built(name)
+    x = keras.Input((None, WIDTH))
+    model = keras.Model(x, from_huggingface(case.module)(x, **case.call))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    arrays = inputs()
+    np.testing.assert_allclose(
+        output_of(loaded, arrays),
+        output_of_module(case.expected, arrays),
+        rtol=0,
+        atol=TOLERANCE,
+    )
+
+
+def test_grouped_heads_decode_with_a_cache():
+    case = built("mistral")
+    layer = from_huggingface(case.module)
+    (x,) = inputs()
+    cache = layer.init_cache(batch_size=2, max_length=TOKENS)
+    prompt, rest = to_tensor(x[:, :9]), to_tensor(x[:, 9:])
+    first, cache = layer(prompt, cache=cache, **CAUSAL)
+    second, _ = layer(rest, cache=cache, **CAUSAL)
+    found = np.concatenate([to_numpy(first), to_numpy(second)], axis=1)
+    wanted = output_of_module(case.expected, [x])
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
