@@ -114,7 +114,7 @@ def as_numpy(array: Any) -> np.ndarray:
         array = array.detach().cpu()
         array = (array.float() if array.itemsize < 4 else array).numpy()
     # A copy: JAX would go on with the memory of whoever gave it, and see it change.
-    array = np.array(array)
+    array = np.asarray(array).copy()
     if "float" in array.dtype.name and array.dtype.itemsize < 4:
         array = array.astype("float32")
     return array

@@ -669,8 +669,8 @@ def test_position_of_another_stack_is_refused():
 # ---------------------------------------------------------------------- configurations
 
 
-def with_config_of_version_4(case, **changes):
-    """A copy whose configuration has its rotary positions under the older names."""
+def with_configuration(case, **changes):
+    """A copy of the module that has another configuration."""
     module = copy.deepcopy(case.module)
     kept = {"max_position_embeddings": TRAINED, "sliding_window": WINDOW}
     module.config = types.SimpleNamespace(**kept, **changes)
@@ -717,7 +717,7 @@ def with_config_of_version_4(case, **changes):
 )
 def test_configuration_of_version_4(new, old):
     case = built(new)
-    layer = from_huggingface(with_config_of_version_4(case, **old))
+    layer = from_huggingface(with_configuration(case, **old))
     assert found_options(layer, case.options) == case.options
     wanted = from_huggingface(case.module).position.max_wavelength
     assert layer.position.max_wavelength == wanted
@@ -726,14 +726,14 @@ def test_configuration_of_version_4(new, old):
 @pytest.mark.parametrize("rope_type", ["longrope", "proportional", "made_up"])
 def test_unknown_scaling_of_rotary_positions_is_refused(rope_type):
     rope = {"rope_type": rope_type, "rope_theta": 100.0}
-    module = with_config_of_version_4(built("llama"), rope_parameters=rope)
+    module = with_configuration(built("llama"), rope_parameters=rope)
     with pytest.raises(ValueError, match=f"rope_type='{rope_type}'"):
         from_huggingface(module)
 
 
 def test_rotary_part_of_the_features_is_refused_where_all_rotate():
     rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
-    module = with_config_of_version_4(built("llama"), rope_parameters=rope)
+    module = with_configuration(built("llama"), rope_parameters=rope)
     with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
         from_huggingface(module)
 
