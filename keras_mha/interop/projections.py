@@ -107,13 +107,14 @@ class Projection(NamedTuple):
 
 
 def as_numpy(array: Any) -> np.ndarray:
-    """Returns any framework's array as NumPy's, half types as float32."""
+    """Returns a copy of any framework's array as NumPy's, half types as float32."""
     if isinstance(array, keras.Variable):
         array = keras.ops.convert_to_numpy(array)
     elif hasattr(array, "detach"):  # torch's, where NumPy has no bfloat16
         array = array.detach().cpu()
         array = (array.float() if array.itemsize < 4 else array).numpy()
-    array = np.asarray(array)
+    # A copy: JAX would go on with the memory of whoever gave it, and see it change.
+    array = np.asarray(array).copy()
     if "float" in array.dtype.name and array.dtype.itemsize < 4:
         array = array.astype("float32")
     return array

@@ -41,6 +41,13 @@ _OPTIONAL = {
     )
 }
 
+KINDS = tuple(_REQUIRED)
+
+
+def keys_of(kind: str) -> tuple[str, ...]:
+    """Returns the keys that a scaling of this kind may have beside `"rope_type"`."""
+    return _REQUIRED[kind] + _OPTIONAL.get(kind, ())
+
 
 def checked_scaling(scaling: Any) -> dict[str, Any] | None:
     """Returns a scaling as a dictionary of Python's own numbers, or raises."""
@@ -55,7 +62,7 @@ def checked_scaling(scaling: Any) -> dict[str, Any] | None:
     given = dict(scaling)
     kind = given.pop("rope_type", given.pop("type", None))
     given.pop("type", None)  # some configurations have both names
-    _checks.choice("scaling['rope_type']", kind, tuple(_REQUIRED))
+    _checks.choice("scaling['rope_type']", kind, KINDS)
     _check_keys(kind, given)
     checked = {"rope_type": kind}
     for name, value in given.items():
