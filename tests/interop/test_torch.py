@@ -258,7 +258,7 @@ def test_imported_layer_is_saved_and_loaded(tmp_path):
     model = keras.Model(inputs, from_torch(module)(*inputs))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    query, key, value = inputs_for(module)
+    query, key, _ = inputs_for(module)
     expected, _ = run_module(module, query, key, key)
     output = loaded([to_tensor(query), to_tensor(key)])
     np.testing.assert_allclose(to_numpy(output), expected, atol=1e-5)
