@@ -151,7 +151,7 @@ class TestB:
 
 
 class TestC:
-    """Written for PyTorch: `forward(query, key, value)`, self-attention of (2, 3, 4)."""
+    """Written for PyTorch: `forward(query, key, value)` of (2, 3, 4)."""
 
     def test_its_numbers_with_its_heads_split_along_the_features(self):
         module, x = Split(4, 2), normal(2, 3, 4)
