@@ -229,7 +229,7 @@ def test_layer_without_biases_takes_kernels():
 
 
 def keras_variable(dtype):
-    return lambda x: keras.Variable(to_tensor(x), dtype=dtype)
+    return lambda x: keras.Variable(to_tensor(x, dtype), dtype=dtype)
 
 
 def torch_parameter(x):
