@@ -65,7 +65,7 @@ $(VENV)/demo.stamp: pyproject.toml requirements/constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[test]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[test,peers]"
 	@touch $@
 
 $(VENV)/benchmark.stamp: $(VENV)/demo.stamp

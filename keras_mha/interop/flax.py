@@ -29,7 +29,8 @@ def from_flax(module: "nnx.MultiHeadAttention", **kwargs: Any) -> MultiHeadAtten
 
     Raises:
         MissingExtra: If Flax is not installed.
-        TypeError: If `module` is no `flax.nnx.MultiHeadAttention`.
+        TypeError: If `module` is no `flax.nnx.MultiHeadAttention`, or of a subclass
+            with a `__call__` of its own.
         ValueError: If it has an `attention_fn` of its own.
 
     Example:
@@ -41,9 +42,13 @@ def from_flax(module: "nnx.MultiHeadAttention", **kwargs: Any) -> MultiHeadAtten
     require("from_flax", {"flax": "flax"}, "flax")
     from flax import nnx
 
-    if not isinstance(module, nnx.MultiHeadAttention):
+    is_plain = isinstance(module, nnx.MultiHeadAttention) and (
+        type(module).__call__ is nnx.MultiHeadAttention.__call__
+    )
+    if not is_plain:
         raise TypeError(
-            "`module` must be a flax.nnx.MultiHeadAttention. "
+            "`module` must be a flax.nnx.MultiHeadAttention, not of a subclass with a "
+            "`__call__` of its own. "
             f"Received: module={module!r} (of type {type(module).__name__})"
         )
     if module.attention_fn is not nnx.dot_product_attention:

@@ -56,25 +56,30 @@ def _config_of(layer: keras.layers.Layer) -> dict[str, Any]:
     if type(layer) is keras.layers.GroupQueryAttention:
         config["num_heads"] = config.pop("num_query_heads")
         config["key_dim"] = config.pop("head_dim")
-    quantized = [x for x in _projections(layer) if x.quantization_mode is not None]
-    if quantized:
-        config["dtype"] = _quantized_policies(layer, quantized)
+    is_map = isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap)
+    projections = _projections(layer)
+    if projections and (is_map or any(x.quantization_mode for x in projections)):
+        config["dtype"] = _policies(layer, projections)
     return config
 
 
-def _quantized_policies(layer, quantized) -> keras.dtype_policies.DTypePolicyMap:
-    policy = layer.dtype_policy
-    policies = keras.dtype_policies.DTypePolicyMap(
-        default_policy=getattr(policy, "default_policy", policy)
-    )
-    for dense in quantized:
-        if dense.quantization_mode not in ("int8", "float8"):
+def _policies(layer, projections) -> keras.dtype_policies.DTypePolicyMap:
+    """Returns what each projection computes in, wherever the copy's path leads."""
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=_policy_of(layer))
+    for dense in projections:
+        if dense.quantization_mode not in (None, "int8", "float8"):
             raise ValueError(
                 "`layer` must not be quantized otherwise than to int8 or float8. "
                 f"Received: {dense.name!r} quantized to {dense.quantization_mode}"
             )
-        policies[f".*/{dense.name}"] = dense.dtype_policy
+        policies[f".*/{dense.name}"] = _policy_of(dense)
     return policies
+
+
+def _policy_of(layer: keras.layers.Layer) -> keras.dtype_policies.DTypePolicy:
+    policy = layer.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    return policy[layer.path] if is_map else policy
 
 
 def _projections(layer: keras.layers.Layer) -> list[keras.layers.EinsumDense]:

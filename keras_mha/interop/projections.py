@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_mha import _checks
-from keras_mha._keras import Shape
+from keras_mha._keras import Shape, is_symbolic
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 
 LAYOUTS = ("keras", "dense", "torch")
@@ -139,7 +139,7 @@ def _checked(name: str, given: Any) -> Projection:
 
 
 def _checked_array(what: str, array: Any) -> np.ndarray:
-    if not hasattr(array, "shape"):
+    if not hasattr(array, "shape") or is_symbolic(array):
         raise TypeError(
             f"{what} must be an array. Received: {array!r} "
             f"(of type {type(array).__name__})"
@@ -155,6 +155,7 @@ def _checked_array(what: str, array: Any) -> np.ndarray:
 
 def _check_changeable(layer: MultiHeadAttention) -> None:
     if not layer.built:
+        _check_builds_floats(layer)
         return
     for name in (*_INPUTS, "output"):
         dense = getattr(layer, f"{name}_dense")
@@ -164,6 +165,18 @@ def _check_changeable(layer: MultiHeadAttention) -> None:
                 f"`layer`'s {name} projection {state}: set the projections before. "
                 f"Received: layer={layer.name!r}"
             )
+
+
+def _check_builds_floats(layer: MultiHeadAttention) -> None:
+    policy = layer.dtype_policy
+    is_map = isinstance(policy, keras.dtype_policies.DTypePolicyMap)
+    parts = [policy.default_policy, *policy.values()] if is_map else [policy]
+    quantized = [part.name for part in parts if part.quantization_mode is not None]
+    if quantized:
+        raise ValueError(
+            "`layer`'s dtype is quantized: set the projections of one of floating "
+            f"point and quantize that. Received: dtype={quantized[0]!r}"
+        )
 
 
 def _split(layer, fused: Projection, layout: str, others: dict) -> dict:
@@ -189,8 +202,9 @@ def _split(layer, fused: Projection, layout: str, others: dict) -> dict:
         wanted = (int(expected), "D") if layout == "torch" else ("D", int(expected))
     if not _fits(fused.kernel.shape, wanted):
         raise _wrong_shape("qkv", "kernel", layout, fused.kernel.shape, wanted)
-    if fused.bias is not None and fused.bias.size != expected:
-        raise _wrong_shape("qkv", "bias", layout, fused.bias.shape, (int(expected),))
+    flat, by_heads = (int(expected),), wanted[1:] if layout == "keras" else None
+    if fused.bias is not None and fused.bias.shape not in (flat, by_heads):
+        raise _wrong_shape("qkv", "bias", layout, fused.bias.shape, by_heads or flat)
     ends = np.cumsum(sizes)[:-1]
     kernels = np.split(fused.kernel, ends, axis)
     biases = [None] * 3

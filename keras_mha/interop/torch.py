@@ -35,7 +35,8 @@ def from_torch(
 
     Raises:
         MissingExtra: If torch is not installed.
-        TypeError: If `module` is no `torch.nn.MultiheadAttention`.
+        TypeError: If `module` is no `torch.nn.MultiheadAttention`, or of a subclass
+            with a `forward` of its own.
         ValueError: If it has `add_bias_kv`, which this layer has not.
 
     Example:
@@ -46,9 +47,14 @@ def from_torch(
     require("from_torch", {"torch": "torch"}, "torch")
     import torch
 
-    if not isinstance(module, torch.nn.MultiheadAttention):
+    # Subclasses such as torch.ao's keep weights elsewhere; parametrized ones do not.
+    is_plain = isinstance(module, torch.nn.MultiheadAttention) and (
+        type(module).forward is torch.nn.MultiheadAttention.forward
+    )
+    if not is_plain:
         raise TypeError(
-            "`module` must be a torch.nn.MultiheadAttention. "
+            "`module` must be a torch.nn.MultiheadAttention, not of a subclass with a "
+            "`forward` of its own. "
             f"Received: module={module!r} (of type {type(module).__name__})"
         )
     if module.bias_k is not None:
