@@ -720,7 +720,9 @@ def policy_map():
     return policies
 
 
-@pytest.mark.parametrize("dtype", ["int8_from_float32", policy_map()], ids=str)
+@pytest.mark.parametrize(
+    "dtype", ["int8_from_float32", policy_map()], ids=["for all", "for one"]
+)
 def test_layer_that_builds_to_int8_is_refused(dtype):
     layer = make(dtype=dtype)
     with pytest.raises(ValueError, match=r"`layer`'s dtype.*int8_from_float32"):
