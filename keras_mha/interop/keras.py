@@ -44,7 +44,7 @@ def from_keras(layer: keras.layers.Layer) -> MultiHeadAttention:
     new = MultiHeadAttention.from_config(_config_of(layer))
     if layer.built:
         with contextlib.ExitStack() as scopes:
-            for name in layer.path.split("/")[:-1]:
+            for name in (layer.path or "").split("/")[:-1]:
                 scopes.enter_context(keras.name_scope(name))
             new.build_from_config(layer.get_build_config())
         _copy_state(layer, new)

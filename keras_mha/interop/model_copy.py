@@ -39,6 +39,9 @@ _BACKENDS_OWN = (
     "_self_unconditional_",
     "_self_update_uid",
 )
+_PARTS = (Layer, keras.Variable, keras.metrics.Metric, keras.optimizers.Optimizer)
+# Whose objects are not looked into for layers.
+_LIBRARIES = ("builtins", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -46,8 +49,8 @@ class ModelCopy:
     """Copies a model, each of its objects once.
 
     Copied are layers, variables, metrics, optimizers, seed generators, symbolic
-    tensors, and the containers, methods and closures that hold them. All else
-    (functions, vocabularies, arrays) is what the original has.
+    tensors, and the containers, methods, closures and other objects that hold them.
+    All else (functions, vocabularies, arrays) is what the original has.
     """
 
     def __init__(self):
@@ -64,7 +67,7 @@ class ModelCopy:
             if isinstance(x, kind):
                 return self._remember(x, method(x))
         self._check_compiled(x)
-        return x
+        return self._remember(x, self._object(x)) if self._holds_parts(x) else x
 
     def _kinds(self) -> tuple:
         return (
@@ -257,6 +260,30 @@ class ModelCopy:
         return functools.partial(
             self.copy(x.func), *self.copy(x.args), **self.copy(x.keywords)
         )
+
+    def _object(self, x: Any) -> Any:
+        new = object.__new__(type(x))
+        self._remember(x, new)
+        vars(new).update((name, self.copy(value)) for name, value in vars(x).items())
+        return new
+
+    def _holds_parts(self, x: Any, seen: set[int] | None = None) -> bool:
+        """Whether an object of somebody's own class holds what is copied."""
+        seen = set() if seen is None else seen
+        if id(x) in seen:
+            return False
+        seen.add(id(x))
+        if isinstance(x, _PARTS):
+            return True
+        if isinstance(x, dict):
+            values = x.values()
+        elif isinstance(x, list | tuple | set):
+            values = x
+        elif type(x).__module__.partition(".")[0] not in _LIBRARIES:
+            values = getattr(x, "__dict__", {}).values()
+        else:
+            return False
+        return any(self._holds_parts(value, seen) for value in list(values))
 
     def _check_compiled(self, x: Any) -> None:
         """Raises for a compiled function of something that is copied."""

@@ -268,6 +268,33 @@ class TestSharing:
             variable.assign(numbers(variable) * 0)
         assert largest_difference(want, new(x)) <= 1e-5
 
+    def test_objects_of_a_users_own_hold_the_copy(self):
+        class Helper:
+            def __init__(self, attention):
+                self.parts = {"attention": attention}
+
+            def attend(self, x):
+                return self.parts["attention"](x, x)
+
+        class Helped(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.attention = layers.MultiHeadAttention(2, 4)
+                self.helper = Helper(self.attention)
+                self.words = frozenset("abc")
+
+            def call(self, x):
+                return self.helper.attend(x)
+
+        layer = Helped()
+        layer(normal(2, 5, 16))
+        new, report = interop.convert_model(layer)
+        assert new.helper is not layer.helper
+        assert new.helper.parts["attention"] is new.attention
+        assert layer.helper.parts["attention"] is layer.attention
+        assert new.words is layer.words
+        assert len(report.replaced) == 1
+
     @only_tensorflow
     def test_a_compiled_function_of_the_model_is_refused(self):
         import tensorflow as tf
