@@ -1,12 +1,11 @@
 """From Keras's own attention layers."""
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 
-from keras_mha.interop.model_copy import value_of
+from keras_mha.interop.model_copy import copy_rules, name_scopes, value_of
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 
 # Exactly these: a subclass may change what its parent's weights mean.
@@ -17,7 +16,7 @@ def from_keras(layer: keras.layers.Layer) -> MultiHeadAttention:
     """Makes our layer of Keras's `MultiHeadAttention` or `GroupQueryAttention`.
 
     Its whole configuration and state are taken over: name, dtype policies, weights,
-    trainable flags, LoRA, int8 weights, and where its dropout's random numbers are.
+    trainable flags, LoRA, int8 weights, and the state of its dropout's seed.
     Only `flash_attention` is not: ours chooses the implementation by itself.
 
     Args:
@@ -43,9 +42,7 @@ def from_keras(layer: keras.layers.Layer) -> MultiHeadAttention:
         )
     new = MultiHeadAttention.from_config(_config_of(layer))
     if layer.built:
-        with contextlib.ExitStack() as scopes:
-            for name in (layer.path or "").split("/")[:-1]:
-                scopes.enter_context(keras.name_scope(name))
+        with name_scopes(layer.path):
             new.build_from_config(layer.get_build_config())
         _copy_state(layer, new)
     return new
@@ -57,7 +54,7 @@ def _config_of(layer: keras.layers.Layer) -> dict[str, Any]:
         config["num_heads"] = config.pop("num_query_heads")
         config["key_dim"] = config.pop("head_dim")
     is_map = isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap)
-    projections = _projections(layer)
+    projections = projections_of(layer)
     if projections and (is_map or any(x.quantization_mode for x in projections)):
         config["dtype"] = _policies(layer, projections)
     return config
@@ -82,15 +79,15 @@ def _policy_of(layer: keras.layers.Layer) -> keras.dtype_policies.DTypePolicy:
     return policy[layer.path] if is_map else policy
 
 
-def _projections(layer: keras.layers.Layer) -> list[keras.layers.EinsumDense]:
-    """Returns a layer's projections that there are, by the same names for all."""
+def projections_of(layer: keras.layers.Layer) -> list[keras.layers.EinsumDense]:
+    """Returns the projections that a layer has, in one order for all."""
     names = ("_query_dense", "_key_dense", "_value_dense", "_gate_dense")
     found = [getattr(layer, name, None) for name in (*names, "_output_dense")]
     return [dense for dense in found if dense is not None]
 
 
 def _copy_state(old: keras.layers.Layer, new: MultiHeadAttention) -> None:
-    for dense, copy in zip(_projections(old), _projections(new), strict=True):
+    for dense, copy in zip(projections_of(old), projections_of(new), strict=True):
         if dense.lora_enabled:
             # Keras before 3.9 has no `lora_alpha`.
             alpha = getattr(dense, "lora_alpha", None)
@@ -101,6 +98,7 @@ def _copy_state(old: keras.layers.Layer, new: MultiHeadAttention) -> None:
         if isinstance(part, keras.Variable):
             copy.assign(value_of(part))
             copy.trainable = part.trainable
+            copy_rules(part, copy)
 
 
 def pairs_of_parts(
@@ -109,8 +107,8 @@ def pairs_of_parts(
     """Yields the sublayers and variables of Keras's layer, each with its copy."""
     if not old.built:
         return
-    sublayers = (*_projections(old), old._dropout_layer)
-    copies = (*_projections(new), new._dropout_layer)
+    sublayers = (*projections_of(old), old._dropout_layer)
+    copies = (*projections_of(new), new._dropout_layer)
     for sublayer, copy in zip(sublayers, copies, strict=True):
         yield sublayer, copy
         variables = {variable.name: variable for variable in copy.variables}

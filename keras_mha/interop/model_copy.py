@@ -2,24 +2,26 @@
 
 Keras copies a model by its configuration, which holds neither what was changed since
 it was made nor what a layer makes for itself, and which many subclassed models lack.
-Here a copy is put together like its original: of copies of all that Keras tracks, in
-the same attributes. Graphs of Functional models are called anew.
+Here a copy is put together like its original: of copies of all that it holds, in the
+same attributes, tracked by Keras where the original's are. Graphs of Functional models
+are called anew.
 """
 
+import contextlib
+import copy as shallow
 import functools
 import types
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-Layer = keras.layers.Layer
+Layer, Metric = keras.layers.Layer, keras.metrics.Metric
+Optimizer = keras.optimizers.Optimizer
 
-# Set anew for each copy, by its constructor or by what is added to it.
-_OWN = {"_lock", "_tracker", "_layers", "compiled"}
-# What Keras's constructors have set and a later call or build has changed.
+# Attributes that Keras's constructors set and later calls change.
 _CHANGED = (
     "_auto_config",
     "_build_shapes_dict",
@@ -29,6 +31,8 @@ _CHANGED = (
     "_input_spec",
     "activity_regularizer",
 )
+# Of the model that was trained, or made again when they are missing (KerasHub's).
+_LEFT_OUT = {"history": None, "generate_function": None}
 # How backends' own base classes keep track of what a layer holds.
 _BACKENDS_OWN = (
     "_modules",
@@ -39,23 +43,29 @@ _BACKENDS_OWN = (
     "_self_unconditional_",
     "_self_update_uid",
 )
-_PARTS = (Layer, keras.Variable, keras.metrics.Metric, keras.optimizers.Optimizer)
+_PARTS = (Layer, keras.Variable, Metric, Optimizer, keras.random.SeedGenerator)
+_PLAIN = (bool, int, float, str, type(None))
 # Whose objects are not looked into for layers.
 _LIBRARIES = ("builtins", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch")
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class ModelCopy:
     """Copies a model, each of its objects once.
 
     Copied are layers, variables, metrics, optimizers, seed generators, symbolic
-    tensors, and the containers, methods, closures and other objects that hold them.
-    All else (functions, vocabularies, arrays) is what the original has.
+    tensors, and the containers, methods, functions and other objects that hold them.
+    All else (vocabularies, arrays, functions of global names) is what the original has.
     """
 
     def __init__(self):
         self.copies = {}  # by the id of the original
         self._originals = []  # keeps the ids from being used again
+
+    def copy_apart(self, model: Layer) -> Layer:
+        """Returns a model's copy that holds nothing of it, or raises."""
+        copy = self.copy(model)
+        self._check_apart(copy)
+        return copy
 
     def copy(self, x: Any) -> Any:
         """Returns the copy of anything that may hold a part of the model."""
@@ -65,28 +75,27 @@ class ModelCopy:
             return x
         for kind, method in self._kinds():
             if isinstance(x, kind):
-                return self._remember(x, method(x))
-        self._check_compiled(x)
-        return self._remember(x, self._object(x)) if self._holds_parts(x) else x
+                return self.remember(x, method(x))
+        self._check_copies(x)
+        return self.remember(x, self._object(x)) if _holds_parts(x) else x
 
     def _kinds(self) -> tuple:
         return (
             (Layer, self.copy_layer),
             (keras.Variable, self._variable),
-            (keras.random.SeedGenerator, self._stateful),
-            (keras.metrics.Metric, self._stateful),
-            (keras.optimizers.Optimizer, self._optimizer),
-            (keras.KerasTensor, self._symbolic),
+            (keras.random.SeedGenerator, self._seed_generator),
+            (Metric | Optimizer, self._metric_or_optimizer),
             (types.MethodType, self._method),
             (types.FunctionType, self._function),
             (functools.partial, self._partial),
-            (list, lambda x: [self.copy(y) for y in x]),
-            (tuple, self._tuple),
+            (list, self._list),
             (dict, self._dictionary),
-            (set, lambda x: {self.copy(y) for y in x}),
+            (tuple, self._tuple),
+            (set | frozenset | deque, lambda x: type(x)(self.copy(y) for y in x)),
         )
 
-    def _remember(self, original: Any, copy: Any) -> Any:
+    def remember(self, original: Any, copy: Any) -> Any:
+        """Notes the copy of an original, and returns it."""
         self.copies[id(original)] = copy
         self._originals.append(original)
         return copy
@@ -99,7 +108,7 @@ class ModelCopy:
             return type(layer).from_config(layer.get_config())
         new = type(layer).__new__(type(layer))
         # Now already, for what it holds may hold it in turn.
-        self._remember(layer, new)
+        self.remember(layer, new)
         self._construct(layer, new)
         self._fill(layer, new)
         if isinstance(layer, keras.Model) and layer.compiled:
@@ -114,25 +123,31 @@ class ModelCopy:
             if layer.built and not new.built:
                 new.build_from_config(layer.get_build_config())
         elif _is_functional(layer):
-            graph = self._graph(layer)
+            functional, inputs, outputs = self._graph(layer)
             # `keras.Model.__init__` would make a Functional of a class that is one.
-            type(graph).__init__(new, graph.input, graph.output, name=layer.name)
+            functional.__init__(new, inputs, outputs, name=layer.name)
             operations = [self.copies[id(x)] for x in layer.operations]
             object.__setattr__(new, "_operations", operations)
         else:
             base = keras.Model if isinstance(layer, keras.Model) else Layer
             base.__init__(new, name=layer.name, dtype=layer.dtype_policy)
 
-    def _graph(self, model: keras.Model) -> keras.Model:
-        """Returns a model's graph, of copies of its layers."""
+    def _graph(self, model: keras.Model) -> tuple[type, Any, Any]:
+        """Returns Keras's class of a graph, and its inputs and outputs copied."""
         inputs = keras.tree.map_structure(
             lambda x: self.copy(x._keras_history.operation).output, model.input
         )
+        nodes = [node for nodes in model._nodes_by_depth.values() for node in nodes]
+        tensors = [tensor for node in nodes for tensor in node.outputs]
         # Not the model itself: Keras would compile its copy by its configuration.
-        plain = keras.Model(model.input, model.output, name=model.name)
-        return keras.models.clone_model(
+        plain = keras.Model(model.input, [model.output, tensors], name=model.name)
+        graph = keras.models.clone_model(
             plain, input_tensors=inputs, clone_function=self._operation
         )
+        outputs, copies = graph.output
+        for tensor, copy in zip(tensors, copies, strict=True):
+            self.remember(tensor, copy)
+        return type(graph), graph.input, outputs
 
     def _operation(self, operation: Any) -> Any:
         if isinstance(operation, Layer):
@@ -141,170 +156,256 @@ class ModelCopy:
             return self.copies[id(operation)]
         new = type(operation).__new__(type(operation))
         vars(new).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
-        return self._remember(operation, new)
+        return self.remember(operation, new)
 
     def _fill(self, layer: Layer, new: Layer) -> None:
         """Gives a copy what its original has beyond what the constructor made."""
-        own = set(vars(new)) | set(vars(new).get("_modules", ()))
+        made = set(vars(new)) | set(vars(new).get("_modules", ()))
+        tracked = set().union(*layer._tracker.stored_ids.values())
         new._tracker.unlock()
-        for name in ("_trainable_variables", "_non_trainable_variables"):
-            for variable in getattr(layer, name):
-                new._track_variable(self.copy(variable))
+        for variable in layer._trainable_variables + layer._non_trainable_variables:
+            new._track_variable(self.copy(variable))
+        _, sublayers = layer._tracker.config["layers"]
+        for sublayer in sublayers:
+            new._tracker.track(self.copy(sublayer))
         for name, value in _attributes(layer):
-            if name not in own:
+            if name in _LEFT_OUT:
+                vars(new)[name] = _LEFT_OUT[name]
+            elif name in made:
+                if name in _CHANGED or (name != "_lock" and isinstance(value, _PLAIN)):
+                    Layer.__setattr__(new, name, value)
+            elif id(value) in tracked or hasattr(value, "tracker"):
                 Layer.__setattr__(new, name, self.copy(value))
-            elif name in _CHANGED or (name not in _OWN and isinstance(value, _PLAIN)):
-                Layer.__setattr__(new, name, value)
+            else:
+                vars(new)[name] = self.copy(value)
         if layer._tracker.locked:
             new._lock_state()
         # In the order of the original, which that of weights and files follows.
-        _, sublayers = new._tracker.config["layers"]
-        order = {id(self.copies[id(x)]): i for i, x in enumerate(layer._layers)}
-        sublayers.sort(key=lambda x: order.get(id(x), len(order)))
+        order = {id(self.copies[id(x)]): place for place, x in enumerate(sublayers)}
+        _, copies = new._tracker.config["layers"]
+        copies.sort(key=lambda x: order.get(id(x), len(order)))
 
     # ------------------------------------------------------------------ state
 
     def _variable(self, variable: keras.Variable) -> keras.Variable:
-        new = keras.Variable(
-            value_of(variable),
-            dtype=variable.dtype,
-            trainable=variable.trainable,
-            autocast=variable._autocast,
-            aggregation=variable.aggregation,
-            name=variable.name,
-        )
-        new._path = variable.path
-        new.regularizer = variable.regularizer
-        new.constraint = variable.constraint
-        new.overwrite_with_gradient = variable.overwrite_with_gradient
+        with name_scopes(variable.path):
+            new = keras.Variable(
+                value_of(variable),
+                dtype=variable.dtype,
+                trainable=variable.trainable,
+                autocast=variable._autocast,
+                aggregation=variable.aggregation,
+                name=variable.name,
+            )
+        copy_rules(variable, new)
         return new
 
-    def _stateful(self, x: Any) -> Any:
-        try:
-            new = type(x).from_config(x.get_config())
-        except Exception as error:
-            raise ValueError(
-                "`model` holds something with a state that cannot be made anew by its "
-                f"`get_config()` and `from_config()`: {x!r} (of type "
-                f"{type(x).__name__}). {type(error).__name__}: {error}"
-            ) from error
-        self._copy_values(_variables(x), _variables(new))
+    def _seed_generator(self, generator: keras.random.SeedGenerator):
+        new = type(generator).from_config(generator.get_config())
+        new.state.assign(value_of(generator.state))
+        self.remember(generator.state, new.state)
         return new
 
-    def _optimizer(self, optimizer: keras.optimizers.Optimizer) -> Any:
-        new = type(optimizer).from_config(optimizer.get_config())
-        if optimizer.built:
-            # In its own order, which that of its state follows.
-            new.build([self.copy(x) for x in optimizer._trainable_variables])
-        self._copy_values(optimizer.variables, new.variables)
+    def _metric_or_optimizer(self, x: Metric | Optimizer) -> Metric | Optimizer:
+        new = type(x).__new__(type(x))
+        self.remember(x, new)
+        if isinstance(x, Metric):
+            Metric.__init__(new, name=x.name)
+        else:
+            Optimizer.__init__(new, learning_rate=0.0, name=x.name)
+        tracked = {}
+        for store, (is_kind, held) in x._tracker.config.items():
+            tracked[store] = (is_kind, [self.copy(y) for y in held])
+        new._tracker = type(x._tracker)(tracked)
+        for store, (_, held) in tracked.items():
+            new._tracker.stored_ids[store].update(map(id, held))
+        for name, value in vars(x).items():
+            if name.removeprefix("_") in tracked:
+                vars(new)[name] = tracked[name.removeprefix("_")][1]
+            elif name != "_tracker" and not name.startswith(_BACKENDS_OWN):
+                vars(new)[name] = self.copy(value)
+        if isinstance(x, Optimizer):
+            self._exchange_keys(x, new)
         return new
 
-    def _copy_values(self, variables, copies) -> None:
-        for variable, copy in zip(variables, copies, strict=True):
-            copy.assign(value_of(variable))
-            self._remember(variable, copy)
+    def _exchange_keys(self, optimizer: Optimizer, new: Optimizer) -> None:
+        """Brings what is kept by variables' ids to those of the copies."""
+        variables = [x for x in self._originals if isinstance(x, keras.Variable)]
+        key = optimizer._var_key
+        keys = {key(x): key(self.copies[id(x)]) for x in variables}
+        indices = getattr(optimizer, "_trainable_variables_indices", {})
+        new._trainable_variables_indices = {keys[k]: i for k, i in indices.items()}
+        excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
+        if excluded is not None:
+            new._exclude_from_weight_decay = {keys.get(k, k) for k in excluded}
+        vars(new).pop("_exclude_from_weight_decay_cache", None)
 
     def _compile(self, model: keras.Model, new: keras.Model) -> None:
         """Compiles the copy as the model is, whatever a `compile` of its own takes."""
-        config = dict(model._compile_config.config)
-        for name in ("optimizer", "metrics", "weighted_metrics"):
-            config[name] = self.copy(config.get(name))
+        config = self.copy(dict(model._compile_config.config))
         config["optimizer"] = self.copy(model.optimizer)
+        # These can be set later too.
+        config["run_eagerly"] = model.run_eagerly
+        config["steps_per_execution"] = model.steps_per_execution
         keras.Model.compile(new, **config)
-        for metric in keras.tree.flatten(
-            (config["metrics"], config["weighted_metrics"])
-        ):
-            if isinstance(metric, keras.metrics.Metric):
+        metrics = (config["metrics"], config["weighted_metrics"])
+        for metric in keras.tree.flatten(metrics):
+            if isinstance(metric, Metric):
                 # TensorFlow's first evaluation takes it for a new one.
                 metric.reset_state()
 
     # ------------------------------------------------------------------ the rest
 
-    def _symbolic(self, x: keras.KerasTensor) -> keras.KerasTensor:
-        """Returns the tensor of the copied graph for one of the model's."""
-        history = getattr(x, "_keras_history", None)
-        if history is None or id(history.operation) not in self.copies:
-            return x
-        nodes = self.copies[id(history.operation)]._inbound_nodes
-        return nodes[history.node_index].outputs[history.tensor_index]
-
     def _method(self, method: types.MethodType) -> types.MethodType:
         return types.MethodType(method.__func__, self.copy(method.__self__))
 
     def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """Returns a function of the copies, if its closure holds what is copied."""
-        if function.__closure__ is None:
-            return function
-        cells = [types.CellType() for _ in function.__closure__]
+        """Returns a function of the copies, if it holds what is copied."""
+        cells = [types.CellType() for _ in function.__closure__ or ()]
         new = types.FunctionType(
             function.__code__,
             function.__globals__,
             function.__name__,
-            function.__defaults__,
-            tuple(cells),
+            closure=tuple(cells) or None,
         )
-        new.__kwdefaults__ = function.__kwdefaults__
         vars(new).update(vars(function))
-        self._remember(function, new)  # it may hold itself
-        is_other = False
-        for cell, old in zip(cells, function.__closure__, strict=True):
-            try:
-                content = old.cell_contents
-            except ValueError:  # it is empty
-                continue
-            cell.cell_contents = self.copy(content)
-            is_other |= not any(cell.cell_contents is x for x in (content, new))
-        return new if is_other else function
+        self.remember(function, new)  # it may hold itself
+        old, copies = list(_held_by_function(function)), []
+        for value in old:
+            copies.append(self.copy(value))
+        if all(a is b or b is new for a, b in zip(old, copies, strict=True)):
+            return function
+        rest = iter(copies)
+        new.__defaults__ = (
+            tuple(next(rest) for _ in function.__defaults__ or ()) or None
+        )
+        names = function.__kwdefaults__ or {}
+        new.__kwdefaults__ = {name: next(rest) for name in names} or None
+        for cell, original in zip(cells, function.__closure__ or (), strict=True):
+            if not _is_empty(original):
+                cell.cell_contents = next(rest)
+        return new
 
     def _partial(self, x: functools.partial) -> functools.partial:
         return functools.partial(
             self.copy(x.func), *self.copy(x.args), **self.copy(x.keywords)
         )
 
+    def _list(self, x: list) -> list:
+        new = self.remember(x, [])
+        new.extend(self.copy(y) for y in x)
+        return new
+
+    def _dictionary(self, x: dict) -> dict:
+        new = self.remember(x, OrderedDict() if isinstance(x, OrderedDict) else {})
+        new.update((self.copy(key), self.copy(value)) for key, value in x.items())
+        return new
+
+    def _tuple(self, x: tuple) -> tuple:
+        x = getattr(x, "__wrapped__", x)  # TensorFlow's own kind, of a named one
+        values = [self.copy(y) for y in x]
+        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+
     def _object(self, x: Any) -> Any:
-        new = object.__new__(type(x))
-        self._remember(x, new)
+        new = shallow.copy(x)
+        self.remember(x, new)
         vars(new).update((name, self.copy(value)) for name, value in vars(x).items())
         return new
 
-    def _holds_parts(self, x: Any, seen: set[int] | None = None) -> bool:
-        """Whether an object of somebody's own class holds what is copied."""
-        seen = set() if seen is None else seen
-        if id(x) in seen:
-            return False
-        seen.add(id(x))
-        if isinstance(x, _PARTS):
-            return True
-        if isinstance(x, dict):
-            values = x.values()
-        elif isinstance(x, list | tuple | set):
-            values = x
-        elif type(x).__module__.partition(".")[0] not in _LIBRARIES:
-            values = getattr(x, "__dict__", {}).values()
-        else:
-            return False
-        return any(self._holds_parts(value, seen) for value in list(values))
+    # ------------------------------------------------------------------ checks
 
-    def _check_compiled(self, x: Any) -> None:
-        """Raises for a compiled function of something that is copied."""
+    def _check_copies(self, x: Any) -> None:
+        """Raises for what can neither be copied nor be shared."""
+        kind = type(x)
+        if hasattr(kind, "named_parameters") or (
+            hasattr(kind, "assign") and hasattr(kind, "shape")
+        ):
+            raise ValueError(
+                "`model` holds weights of a backend's own, which Keras does not know "
+                f"and a copy would share. Received: a {kind.__module__}.{kind.__name__}"
+            )
         for name in ("__wrapped__", "python_function"):
             function = getattr(x, name, None)
             if isinstance(function, types.FunctionType | types.MethodType):
                 copy = self.copy(function)
                 if copy is not function and copy != function:
                     raise ValueError(
-                        "`model` holds a function that was compiled for it and would "
-                        "go on working on it. Make such functions where they are "
-                        f"called, or after the conversion. Received: {x!r}"
+                        "`model` holds a compiled or cached function of its own "
+                        "layers, which would go on working on them. Make such "
+                        "functions where they are called, or set them to None before "
+                        f"the conversion. Received: {x!r}"
                     )
 
-    def _tuple(self, x: tuple) -> tuple:
-        values = [self.copy(y) for y in x]
-        return type(x)(*values) if hasattr(x, "_fields") else type(x)(values)
+    def _check_apart(self, copy: Layer) -> None:
+        """Raises if a part of the original can be reached from its copy."""
+        parts = {
+            id(x)
+            for x in self._originals
+            if isinstance(x, _PARTS) and self.copies[id(x)] is not x
+        }
+        seen, waiting = set(), [copy]
+        while waiting:
+            x = waiting.pop()
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            for held in _held_by(x):
+                if id(held) in parts:
+                    raise ValueError(
+                        "`model` holds a part of itself in a way that cannot be "
+                        f"copied: a {type(x).__name__} that holds the "
+                        f"{type(held).__name__} {getattr(held, 'name', '')!r}"
+                    )
+                waiting.append(held)
 
-    def _dictionary(self, x: dict) -> dict:
-        kind = OrderedDict if isinstance(x, OrderedDict) else dict
-        return kind((self.copy(key), self.copy(value)) for key, value in x.items())
+
+def _held_by(x: Any) -> Iterator[Any]:
+    """Yields what an object holds, as far as that may be part of a model."""
+    if isinstance(x, Layer):
+        yield from (value for _, value in _attributes(x))
+    elif isinstance(x, Metric | Optimizer):
+        yield from vars(x).values()
+    elif isinstance(x, dict | types.MappingProxyType):
+        yield from x.values()
+    elif isinstance(x, list | tuple | set | frozenset | deque):
+        yield from x
+    elif isinstance(x, types.MethodType):
+        yield x.__self__
+    elif isinstance(x, types.FunctionType):
+        yield from _held_by_function(x)
+    elif isinstance(x, functools.partial):
+        yield from (x.func, x.args, x.keywords)
+    elif type(x).__module__.partition(".")[0] not in _LIBRARIES:
+        yield from list(getattr(x, "__dict__", {}).values())
+
+
+def _held_by_function(function: types.FunctionType) -> Iterator[Any]:
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    for cell in function.__closure__ or ():
+        if not _is_empty(cell):
+            yield cell.cell_contents
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+def _holds_parts(x: Any) -> bool:
+    """Whether an object of somebody's own class holds what is copied."""
+    seen, waiting = set(), list(_held_by(x)) if hasattr(x, "__dict__") else []
+    while waiting:
+        held = waiting.pop()
+        if isinstance(held, _PARTS):
+            return True
+        if id(held) not in seen:
+            seen.add(id(held))
+            waiting.extend(_held_by(held))
+    return False
 
 
 def _is_functional(layer: Layer) -> bool:
@@ -325,5 +426,17 @@ def value_of(variable: keras.Variable) -> np.ndarray:
     return np.array(keras.ops.convert_to_numpy(variable.value))
 
 
-def _variables(x: Any) -> list[keras.Variable]:
-    return [x.state] if isinstance(x, keras.random.SeedGenerator) else x.variables
+def copy_rules(variable: keras.Variable, new: keras.Variable) -> None:
+    """Gives a copied variable what an optimizer does with it beside its gradient."""
+    new.regularizer = variable.regularizer
+    new.constraint = variable.constraint
+    new.overwrite_with_gradient = variable.overwrite_with_gradient
+
+
+@contextlib.contextmanager
+def name_scopes(path: str | None) -> Iterator[None]:
+    """Enters the scopes in which something with this path is made."""
+    with contextlib.ExitStack() as scopes:
+        for name in (path or "").split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(name))
+        yield

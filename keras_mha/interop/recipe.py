@@ -52,8 +52,3 @@ def make_layer(recipe: Recipe, **kwargs: Any) -> MultiHeadAttention:
             owner = getattr(owner, parent)
         getattr(owner, name).assign(as_numpy(array))
     return layer
-
-
-def linear(module: Any) -> Projection:
-    """Returns the projection of a `torch.nn.Linear`."""
-    return Projection(module.weight, module.bias)

@@ -27,7 +27,8 @@ def from_torch(
     may see nothing gives zeros here, and NaN there.
 
     Args:
-        module: The module, which stays as it is.
+        module: The module, which stays as it is. Whatever its dtype, the layer has
+            Keras's dtype policy unless `dtype` says otherwise.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Returns:

@@ -1,6 +1,8 @@
 """A copy of a model that holds our layer wherever the model held Keras's."""
 
+import collections
 import functools
+import types
 
 import keras
 import numpy as np
@@ -9,7 +11,7 @@ from keras import layers
 
 import keras_mha
 from keras_mha import interop
-from tests.helpers import only_tensorflow
+from tests.helpers import only_tensorflow, only_torch
 
 fails_in_keras_3_7 = pytest.mark.skipif(
     keras.__version__.startswith("3.7"), reason="Keras 3.7's own model fails"
@@ -276,12 +278,16 @@ class TestSharing:
             def attend(self, x):
                 return self.parts["attention"](x, x)
 
+        class Words:
+            def __init__(self):
+                self.words = ["a", "b"]
+
         class Helped(layers.Layer):
             def __init__(self):
                 super().__init__()
                 self.attention = layers.MultiHeadAttention(2, 4)
                 self.helper = Helper(self.attention)
-                self.words = frozenset("abc")
+                self.words = Words()
 
             def call(self, x):
                 return self.helper.attend(x)
@@ -294,6 +300,67 @@ class TestSharing:
         assert layer.helper.parts["attention"] is layer.attention
         assert new.words is layer.words
         assert len(report.replaced) == 1
+
+    @pytest.mark.parametrize(
+        "hold",
+        [
+            lambda attention: types.SimpleNamespace(a=attention),
+            lambda attention: collections.deque([attention]),
+            lambda attention: frozenset([attention]),
+            lambda attention: collections.UserList([attention]),
+            lambda attention: lambda x, a=attention: a(x, x),
+            lambda attention: collections.namedtuple("Pair", "a b")(attention, 1),
+        ],
+        ids=["namespace", "deque", "frozenset", "UserList", "default", "namedtuple"],
+    )
+    def test_whatever_holds_a_layer_holds_the_copys(self, hold):
+        layer = Block(layers.MultiHeadAttention(2, 4))
+        layer.held = hold(layer.attention)
+        new, _ = interop.convert_model(layer)  # raises if anything is left over
+        assert layers_of(new, OLD) == []
+
+    def test_what_keras_does_not_track_is_not_tracked(self):
+        layer = Block(layers.MultiHeadAttention(2, 4))
+        object.__setattr__(layer.norm, "owner", layer)
+        vars(layer)["untracked"] = [layers.Dense(2)]
+        new, _ = interop.convert_model(layer)
+        assert new.norm.owner is new
+        assert type(new.untracked) is list
+        assert len(new._flatten_layers()) == len(layer._flatten_layers())
+
+    def test_a_tensor_of_the_graph_is_the_copys(self):
+        class Taps(keras.Model):
+            def __init__(self):
+                dense = layers.Dense(16)
+                dense(keras.Input((5, 16)))  # a node of another graph
+                x = keras.Input((5, 16))
+                first = dense(x)
+                second = layers.MultiHeadAttention(2, 4)(dense(first), first)
+                super().__init__(x, second)
+                self.taps = {"first": first, "second": second}
+
+        model = with_random_weights(Taps())
+        new, _ = interop.convert_model(model)
+        x = normal(2, 5, 16)
+        a, b = (keras.Model(m.input, m.taps)(x) for m in (model, new))
+        assert largest_difference(a, b) <= 1e-5
+
+    @only_torch
+    def test_weights_of_torchs_own_are_refused(self):
+        import torch
+
+        model = Subclassed([keras.layers.TorchModuleWrapper(torch.nn.Linear(4, 4))])
+        with pytest.raises(ValueError, match=r"`model` holds weights of a backend's"):
+            interop.convert_model(model)
+
+    @only_tensorflow
+    def test_weights_of_tensorflows_own_are_refused(self):
+        import tensorflow as tf
+
+        layer = Block(layers.MultiHeadAttention(2, 4))
+        layer.count = tf.Variable(1.0)
+        with pytest.raises(ValueError, match=r"`model` holds weights of a backend's"):
+            interop.convert_model(layer)
 
     @only_tensorflow
     def test_a_compiled_function_of_the_model_is_refused(self):
@@ -308,7 +375,7 @@ class TestSharing:
             def attend(self, x):
                 return self.attention(x, x)
 
-        with pytest.raises(ValueError, match="function that was compiled for it"):
+        with pytest.raises(ValueError, match="`model` holds a compiled or cached"):
             interop.convert_model(Compiled())
 
 
@@ -365,6 +432,28 @@ class TestState:
         assert state
         for a, b in zip(state, copies, strict=True):
             np.testing.assert_array_equal(numbers(a), numbers(b))
+
+    def test_a_stateful_layers_state(self, tmp_path):
+        x = keras.Input((5, 16), batch_size=2)
+        y = layers.LSTM(16, stateful=True, return_sequences=True)(x)
+        model = keras.Model(x, layers.MultiHeadAttention(2, 4)(y, y))
+        data = normal(2, 5, 16)
+        model(data)
+        new, _ = interop.convert_model(model)
+        assert len(new.weights) == len(model.weights)
+        assert largest_difference(model(data), new(data)) <= 1e-5
+        new.save_weights(tmp_path / "new.weights.h5")
+        model.load_weights(tmp_path / "new.weights.h5")
+
+    def test_regularizers_and_constraints_of_a_variable(self):
+        model = functional()
+        kernel = layers_of(model, OLD)[0]._query_dense.kernel
+        kernel.regularizer = keras.regularizers.L2(0.5)
+        kernel.constraint = keras.constraints.UnitNorm()
+        new, _ = interop.convert_model(model)
+        assert len(new.losses) == len(model.losses) == 1
+        copy = new.layers[1].query_dense.kernel
+        assert copy.constraint is kernel.constraint
 
     def test_regularizers_and_constraints(self):
         x = keras.Input((5, 16))
@@ -453,6 +542,73 @@ class TestCompileState:
         assert float(new.tracker.result()) == 3.0
         assert new.second._trainable_variables[0] is new.out.kernel
 
+    def test_what_was_set_after_compiling(self):
+        model = self.model()
+        model.run_eagerly = True
+        model.steps_per_execution = 2
+        new, _ = interop.convert_model(model)
+        assert new.run_eagerly and new.steps_per_execution == 2
+
+    def test_an_optimizer_of_any_kind(self):
+        class Decay:  # no schedule of Keras's, and no configuration
+            def __init__(self, boost):
+                self.boost = boost
+
+            def __call__(self):
+                return 0.01 * self.boost
+
+        class Boosted(keras.optimizers.SGD):
+            def __init__(self, boost):
+                super().__init__(Decay(boost), momentum=0.9, weight_decay=0.5)
+                self.boost = boost
+
+        model, x, y = self.model(), normal(4, 5, 16), normal(4, 5, 3, seed=1)
+        model(x)
+        optimizer = Boosted(9.0)
+        optimizer.exclude_from_weight_decay(var_list=[model.out.kernel])
+        model.compile(optimizer, loss="mse")
+        model.fit(x, y, verbose=0)
+        new, _ = interop.convert_model(model)
+        assert new.optimizer.boost == 9.0
+        assert not new.optimizer._use_weight_decay(new.out.kernel)
+        assert new.optimizer._use_weight_decay(new.out.bias)
+        for each in (model, new):
+            each.fit(x, y, epochs=2, verbose=0, shuffle=False)
+        for a, b in zip(model.weights, new.weights, strict=True):
+            np.testing.assert_allclose(numbers(a), numbers(b), atol=1e-4)
+
+    def test_a_loss_of_the_models_own_weights(self):
+        model = self.model()
+        model(normal(2, 5, 16))
+        kernel = model.out.kernel
+        model.compile("sgd", loss=lambda y, p: keras.ops.sum(kernel) + 0 * y + 0 * p)
+        new, _ = interop.convert_model(model)
+        x, y = normal(2, 5, 16), normal(2, 5, 3)
+        before = new.evaluate(x, y, verbose=0)
+        kernel.assign(numbers(kernel) + 1)
+        assert new.evaluate(x, y, verbose=0) == pytest.approx(before)
+
+    def test_a_metric_without_a_configuration(self):
+        class Odd(keras.metrics.Mean):
+            def __init__(self, factor):
+                super().__init__()
+                self.factor = factor
+
+        model = self.model()
+        model.odd = Odd(3)
+        model.odd.update_state(2.0)
+        new, _ = interop.convert_model(model)
+        assert new.odd.factor == 3 and float(new.odd.result()) == 2.0
+        new.odd.reset_state()
+        assert float(model.odd.result()) == 2.0
+
+    def test_nothing_of_the_training_holds_the_original(self):
+        model = self.model()
+        model.fit(normal(2, 5, 16), normal(2, 5, 3), verbose=0)
+        assert model.history is not None
+        new, _ = interop.convert_model(model)
+        assert new.history is None
+
     def test_a_model_that_is_not_compiled_stays_so(self):
         new, _ = interop.convert_model(functional())
         assert not new.compiled
@@ -482,21 +638,38 @@ class TestReport:
         with pytest.raises(TypeError, match=r"`model` must be a Keras model.*'a'"):
             interop.convert_model("a")
 
-    def test_a_state_that_cannot_be_copied_is_refused(self):
-        class Odd(keras.metrics.Metric):
-            def __init__(self, needed):
-                super().__init__()
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda a, b: setattr(a, "call", lambda x, y: x), "a `call` of its own"),
+            (
+                lambda a, b: vars(a).update(_query_dense=layers.Dense(3)),
+                "a layer with a Dense as projection",
+            ),
+            (
+                lambda a, b: setattr(b._key_dense, "_kernel", a._key_dense._kernel),
+                "a layer that shares weights with another",
+            ),
+        ],
+        ids=["call", "projection", "tied"],
+    )
+    def test_layers_changed_by_hand_are_left_alone(self, change, reason):
+        first, second = (layers.MultiHeadAttention(2, 4) for _ in range(2))
+        for layer in (first, second):
+            layer.build((2, 5, 16), (2, 5, 16))
+            for part in (layer, layer._key_dense):
+                part._tracker.unlock()
+        change(first, second)
+        _, report = interop.convert_model(Subclassed([first, second]))
+        assert [reason in why for why in report.left_alone.values()] == [True]
 
-            def result(self):
-                return 0.0
+    def test_names_of_layers_without_weights_are_kept_apart(self):
+        class Cached(layers.MultiHeadAttention):
+            pass
 
-        model = functional()
-        model.odd = Odd(3)
-        before = [numbers(variable) for variable in model.weights]
-        with pytest.raises(ValueError, match=r"`model` holds something.*Odd"):
-            interop.convert_model(model)
-        for variable, value in zip(model.weights, before, strict=True):
-            np.testing.assert_array_equal(numbers(variable), value)
+        model = Subclassed([Block(Cached(2, 4, name="same")) for _ in range(2)])
+        _, report = interop.convert_model(model)
+        assert list(report.left_alone) == ["same", "same'"]
 
 
 SIZES = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16}
