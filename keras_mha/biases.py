@@ -121,7 +121,7 @@ class DistanceBias(Bias):
         flat = ops.reshape(
             ops.broadcast_to(circle, (heads, rows, around)), (heads, rows * around)
         )
-        flat = flat[:, : rows * (around - 1)]
+        flat = flat[:, :-rows]  # of rows * (around - 1) as a symbol JAX asks the sign
         return ops.reshape(flat, (heads, rows, around - 1))[:, :, :columns]
 
     def check(self, scores_shape):
@@ -166,7 +166,11 @@ class ByDistance(DistanceBias):
     def of_distances(self, distances, tile):
         most = self.values.shape[1] // 2
         index = ops.clip(distances, -most, most) + most
-        return ops.take(tile.cut_heads(self.values, 0), index, axis=1)
+        values = tile.cut_heads(self.values, 0)
+        if len(index.shape) == 1:
+            # As an embedding is looked up, which every exporter knows.
+            return ops.transpose(ops.take(ops.transpose(values), index, axis=0))
+        return ops.take(values, index, axis=1)
 
     def check(self, scores_shape):
         _check_heads("RelativePositionBias", self.values.shape[0], scores_shape)

@@ -101,6 +101,13 @@ class Tile(NamedTuple):
         return x if self.whole else _cut(x, axis, self.column, self.columns)
 
 
+def _with_axes(x: Tensor, *axes: int) -> Tensor:
+    # LiteRT knows `x[:, None]` only of lengths that are known beforehand.
+    for axis in axes:
+        x = ops.expand_dims(x, axis)
+    return x
+
+
 def _positions(start: Any, length: Any) -> Tensor:
     if isinstance(start, int) and isinstance(length, int):
         return ops.arange(start, start + length, dtype="int32")
@@ -322,7 +329,7 @@ class Padding(Mask):
 
     def block(self, tile):
         valid = tile.cut_columns(tile.cut_batch(self.valid), 1)
-        return ops.cast(valid, "bool")[:, None, None, :]
+        return _with_axes(ops.cast(valid, "bool"), 1, 2)
 
     def check(self, scores_shape):
         batch, _, _, columns = scores_shape
@@ -357,7 +364,7 @@ class Segments(Mask):
     def block(self, tile):
         rows = tile.cut_rows(tile.cut_batch(self.query_ids), 1)
         columns = tile.cut_columns(tile.cut_batch(self.key_ids), 1)
-        return ops.equal(rows[:, None, :, None], columns[:, None, None, :])
+        return ops.equal(_with_axes(rows, 1, 3), _with_axes(columns, 1, 2))
 
     def check(self, scores_shape):
         batch, _, rows, columns = scores_shape
@@ -399,9 +406,9 @@ class Dense(Mask):
     def block(self, tile):
         values = self.values
         if len(values.shape) == 2:
-            values = values[None, None]
+            values = _with_axes(values, 0, 1)
         elif len(values.shape) == 3:
-            values = values[:, None]
+            values = _with_axes(values, 1)
         values = tile.cut_columns(tile.cut_rows(tile.cut_batch(values), 2), 3)
         return ops.cast(values, "bool")
 

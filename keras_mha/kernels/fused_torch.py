@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from keras_mha._keras import Tensor
-from keras_mha.kernels.backends.torch import first_order_only
+from keras_mha.kernels.backends.torch import first_order_only, is_exporting
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import allowed_pairs, bias_block
 from keras_mha.kernels.parts import split_tensors
@@ -28,6 +28,8 @@ def refusal(call: AttentionCall) -> str | None:
     is_trained = any(getattr(weight, "requires_grad", False) for weight in weights)
     if is_trained and not _is_short(call):
         return "torch's kernel has no gradient of a bias"
+    if torch.jit.is_tracing() and call.query.shape[2] != call.key.shape[2]:
+        return "ONNX knows torch's kernel with as many key heads as query heads only"
     return None
 
 
@@ -69,7 +71,7 @@ def _dtype(call: AttentionCall) -> torch.dtype:
 
 
 def _is_short(call: AttentionCall) -> bool:
-    if torch.compiler.is_exporting():  # neither slices nor lengths to compare there
+    if is_exporting():  # neither slices nor lengths to compare there
         return True
     rows = call.query.shape[1]
     return rows is not None and rows <= _WHOLE
@@ -100,7 +102,7 @@ def _attend_tile(call, tile, query, key, value):
         attn_mask=mask,
         is_causal=causal,
         scale=call.scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=bool(query.shape[1] != key.shape[1]),  # tensors, when traced
     )
     return output if seen is None else torch.where(seen, output, 0.0)
 

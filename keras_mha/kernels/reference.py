@@ -16,6 +16,7 @@ References:
 """
 
 import math
+from typing import Any
 
 from keras import ops
 
@@ -93,7 +94,7 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
     batch, rows, heads, width = ops.shape(query)
     columns, groups = ops.shape(key)[1:3]
-    if query.shape[1] == 1:
+    if _is_one(query.shape[1]):
         return _one_query_dot_key(query, key)
     if groups == heads:
         return ops.einsum("...tnh,...snh->...nts", query, key)
@@ -107,13 +108,18 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     value = ops.cast(value, weights.dtype)
     batch, heads, rows, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
-    if weights.shape[2] == 1:
+    if _is_one(weights.shape[2]):
         return _values_of_one_query(weights, value)
     if groups == heads:
         return ops.einsum("...nts,...snv->...tnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     output = ops.einsum("bkgts,bskv->btkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))
+
+
+def _is_one(length: Any) -> bool:
+    # A tensor in TorchScript, which takes a length not known yet to be 1.
+    return isinstance(length, int) and length == 1
 
 
 # A single query, as in decoding, has so little to compute that bringing keys and

@@ -827,7 +827,8 @@ class MultiHeadAttention(keras.layers.Layer):
         if mask is None:
             return None
         valid = self._axes.fold_positions(_spread(mask, query))
-        return Dense(ops.cast(valid, "bool")[:, None, :, None])
+        valid = ops.expand_dims(ops.cast(valid, "bool"), -1)
+        return Dense(ops.expand_dims(valid, 1))
 
     def _padding(self, mask, value) -> Mask | None:
         if mask is None:

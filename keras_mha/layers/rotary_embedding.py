@@ -190,7 +190,7 @@ class RotaryEmbedding(keras.layers.Layer):
         if not self.depends_on_length:
             return None
         counts = [heads.shape[1] for heads, ids in sides if ids is None]
-        if len(counts) == len(sides) and None not in counts:
+        if len(counts) == len(sides) and all(isinstance(n, int) for n in counts):
             return [max(counts)]
         length = None
         for heads, ids in sides:
@@ -220,7 +220,7 @@ class RotaryEmbedding(keras.layers.Layer):
     def _cos_and_sin(self, heads, position_ids, length):
         """Cosine and sine of the angles, float32, shape `(B or 1, T, 1, width / 2)`."""
         ids = _counted(heads) if position_ids is None else position_ids
-        width = self.rotary_dim or heads.shape[-1]
+        width = self.rotary_dim or int(heads.shape[-1])  # a tensor in TorchScript
         radians, factor = self._frequencies(width)
         if length is None:
             angles = _angles(ids, radians)

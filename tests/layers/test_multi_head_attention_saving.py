@@ -283,6 +283,63 @@ def test_lora_trains_its_own_weights_and_is_saved(tmp_path):
     np.testing.assert_allclose(outputs(revived), outputs(model), atol=1e-5)
 
 
+def test_lora_is_merged_into_the_weights_file_of_a_plain_layer(tmp_path):
+    model, plain = model_with(OURS), model_with(OURS)
+    add_lora(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(outputs(plain), outputs(model), atol=1e-5)
+
+
+def test_a_layer_with_lora_starts_anew_from_merged_weights(tmp_path):
+    model, other = model_with(OURS), model_with(OURS)
+    add_lora(model)
+    add_lora(other)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(outputs(other), outputs(model), atol=1e-5)
+    assert not np.any(to_numpy(attention_of(other).query_dense.lora_kernel_b.value))
+
+
+@BOTH_WAYS
+def test_lora_merges_into_the_other_layer(source, target, tmp_path):
+    model, other = model_with(source), model_with(target)
+    add_lora(model)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(outputs(other), outputs(model), atol=1e-5)
+
+
+def quantized(model):
+    model.quantize("int8")
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+@pytest.mark.parametrize("first", ["LoRA", "int8"])
+def test_lora_and_int8_together_are_saved_to_int8s_precision(first, tmp_path):
+    """Merging LoRA, Keras rounds the sum to int8 once more."""
+    model = model_with(OURS)
+    steps = [add_lora, quantized]
+    for step in steps if first == "LoRA" else reversed(steps):
+        step(model)
+    expected = outputs(model)
+    model.save(tmp_path / "model.keras")
+    revived = keras.saving.load_model(tmp_path / "model.keras")
+    assert attention_of(revived).query_dense.quantization_mode == "int8"
+    atol = 0.05 * np.abs(expected).max()
+    np.testing.assert_allclose(outputs(revived), expected, atol=atol)
+
+
+def add_lora(model):
+    """Adds LoRA that is not zero to every projection."""
+    layer = attention_of(model)
+    for name in ("query", "key", "value", "output"):
+        dense = getattr(layer, f"_{name}_dense")
+        dense.enable_lora(2)
+        for weight in (dense.lora_kernel_a, dense.lora_kernel_b):
+            weight.assign(RNG.normal(size=weight.shape) * 0.1)
+
+
 def sequential(layer):
     return keras.Sequential([keras.Input((5, 16)), layer])
 

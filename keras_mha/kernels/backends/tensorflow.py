@@ -90,7 +90,8 @@ def row_max(x: Any) -> Any:
 
 def exp_minus(x: Any, rows: Any) -> Any:
     """Returns `exp(x - rows)` with one number a row; `x` may be written over."""
-    return tf.exp(x - rows[..., None])
+    # LiteRT has no `rows[..., None]` of lengths that are not known yet.
+    return tf.exp(x - tf.expand_dims(rows, -1))
 
 
 def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:

@@ -114,7 +114,13 @@ def keep(x: Any, kept: Any) -> Any:
 
 def is_length(x: Any) -> bool:
     """Whether loops can run over an axis of this length."""
-    return not torch.compiler.is_exporting()  # no Python loop in an exported program
+    return not is_exporting()  # no Python loop in an exported program
+
+
+def is_exporting() -> bool:
+    """Whether a program is written that is to run without Python."""
+    # `torch.export`, or TorchScript, which ONNX and OpenVINO are exported by.
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def on_cpu(x: Any) -> bool:
@@ -133,7 +139,7 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
 
 def known(x: Any) -> np.ndarray | None:
     """Returns the numbers of a tensor, or `None` while a program is only written."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() or is_exporting():
         return None
     return x.detach().cpu().numpy()
 
