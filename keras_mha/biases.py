@@ -110,8 +110,9 @@ class DistanceBias(Bias):
         rows, columns = tile.rows, tile.columns
         around = rows + columns
         # Row 0's distances in a circle, after its last the ones left of its first: one
-        # step back at each row, which is what cutting rows one shorter does.
-        along = ops.arange(around, dtype="int32")
+        # step back at each row, which is what cutting rows one shorter does. (jax2onnx
+        # does not do without the 0.)
+        along = ops.arange(0, around, dtype="int32")
         along = ops.where(along < columns, along, along - around)
         distances = along + ops.cast(tile.column - tile.row, "int32")
         circle = self.of_distances(distances, tile)[:, None]

@@ -281,7 +281,8 @@ class RotaryEmbedding(keras.layers.Layer):
 
 
 def _counted(heads: Tensor) -> Tensor:
-    return ops.arange(ops.shape(heads)[1], dtype="int32")[None]
+    # With a start, which jax2onnx does not do without.
+    return ops.arange(0, ops.shape(heads)[1], dtype="int32")[None]
 
 
 def _angles(position_ids: Tensor, radians: Sequence) -> Tensor:
