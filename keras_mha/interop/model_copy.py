@@ -31,8 +31,6 @@ _CHANGED = (
     "_input_spec",
     "activity_regularizer",
 )
-# Of the model that was trained, or made again when they are missing (KerasHub's).
-_LEFT_OUT = {"history": None, "generate_function": None}
 # How backends' own base classes keep track of what a layer holds.
 _BACKENDS_OWN = (
     "_modules",
@@ -169,8 +167,8 @@ class ModelCopy:
         for sublayer in sublayers:
             new._tracker.track(self.copy(sublayer))
         for name, value in _attributes(layer):
-            if name in _LEFT_OUT:
-                vars(new)[name] = _LEFT_OUT[name]
+            if _is_of_training(layer, name, value):
+                vars(new)[name] = None
             elif name in made:
                 if name in _CHANGED or (name != "_lock" and isinstance(value, _PLAIN)):
                     Layer.__setattr__(new, name, value)
@@ -410,6 +408,14 @@ def _holds_parts(x: Any) -> bool:
 
 def _is_functional(layer: Layer) -> bool:
     return isinstance(layer, keras.Model) and hasattr(layer, "operations")
+
+
+def _is_of_training(layer: Layer, name: str, value: Any) -> bool:
+    """Whether something tells of the original only, or is made again when missing."""
+    is_made_again = name == "generate_function"  # KerasHub's, compiled
+    return isinstance(value, keras.callbacks.Callback) or (
+        isinstance(layer, keras.Model) and is_made_again
+    )
 
 
 def _attributes(layer: Layer) -> Iterator[tuple[str, Any]]:

@@ -606,8 +606,10 @@ class TestCompileState:
         model = self.model()
         model.fit(normal(2, 5, 16), normal(2, 5, 3), verbose=0)
         assert model.history is not None
+        model.blocks[0].history = ["a layer's own"]
         new, _ = interop.convert_model(model)
         assert new.history is None
+        assert new.blocks[0].history == ["a layer's own"]
 
     def test_a_model_that_is_not_compiled_stays_so(self):
         new, _ = interop.convert_model(functional())
