@@ -188,8 +188,9 @@ def _split(layer, fused: Projection, layout: str, others: dict) -> dict:
         )
     heads, groups = layer.num_heads, layer.num_key_value_heads
     sizes = np.array([heads, groups, groups])
+    features = sizes * [layer.key_dim, layer.key_dim, layer.value_dim]
     axis = 0 if layout == "torch" else 1
-    expected = (sizes * [layer.key_dim, layer.key_dim, layer.value_dim]).sum()
+    total = int(features.sum())
     if layout == "keras":
         if layer.key_dim != layer.value_dim:
             raise ValueError(
@@ -198,11 +199,11 @@ def _split(layer, fused: Projection, layout: str, others: dict) -> dict:
             )
         wanted: tuple = ("D", int(sizes.sum()), layer.key_dim)
     else:
-        sizes = sizes * [layer.key_dim, layer.key_dim, layer.value_dim]
-        wanted = (int(expected), "D") if layout == "torch" else ("D", int(expected))
+        sizes = features
+        wanted = (total, "D") if layout == "torch" else ("D", total)
     if not _fits(fused.kernel.shape, wanted):
         raise _wrong_shape("qkv", "kernel", layout, fused.kernel.shape, wanted)
-    flat, by_heads = (int(expected),), wanted[1:] if layout == "keras" else None
+    flat, by_heads = (total,), wanted[1:] if layout == "keras" else None
     if fused.bias is not None and fused.bias.shape not in (flat, by_heads):
         raise _wrong_shape("qkv", "bias", layout, fused.bias.shape, by_heads or flat)
     ends = np.cumsum(sizes)[:-1]

@@ -319,6 +319,12 @@ class TestSharing:
         new, _ = interop.convert_model(layer)  # raises if anything is left over
         assert layers_of(new, OLD) == []
 
+    def test_a_copy_that_would_hold_a_part_of_the_original_is_refused(self):
+        layer = Block(layers.MultiHeadAttention(2, 4))
+        layer.held = types.MappingProxyType({"attention": layer.attention})
+        with pytest.raises(ValueError, match=r"`model` holds a part.*mappingproxy"):
+            interop.convert_model(layer)
+
     def test_what_keras_does_not_track_is_not_tracked(self):
         layer = Block(layers.MultiHeadAttention(2, 4))
         object.__setattr__(layer.norm, "owner", layer)
