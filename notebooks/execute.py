@@ -1,6 +1,7 @@
 """Run the notebooks and keep their outputs.
 
     KERAS_BACKEND=tensorflow python notebooks/execute.py
+    KERAS_BACKEND=tensorflow python notebooks/execute.py notebooks/character_model.ipynb
 
 Nothing is kept that differs from machine to machine without need: no times of cells, no
 versions of Python.
@@ -60,7 +61,7 @@ def executed(path, folder=HERE, **environment):
 
 
 def main():
-    for path in NOTEBOOKS:
+    for path in map(Path, sys.argv[1:] or NOTEBOOKS):
         start = time.perf_counter()
         nbformat.write(executed(path), path)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s")
