@@ -1,5 +1,7 @@
 """What this package needs of Keras and Keras does not export, in one place."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 try:
@@ -80,9 +82,28 @@ def serialized(layer: Any) -> Any:
     return keras.saving.serialize_keras_object(layer)
 
 
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns a layer and all layers in it that Keras knows of."""
+    return layer._flatten_layers()
+
+
+@contextlib.contextmanager
+def losses_kept(layer: keras.layers.Layer) -> Iterator[None]:
+    """Gives a layer, when this ends, the losses again that calls clear and add."""
+    kept = [(x, [*x._losses], {*x._loss_ids}) for x in all_layers(layer)]
+    try:
+        yield
+    finally:
+        for x, losses, ids in kept:
+            x._losses[:] = losses
+            x._loss_ids.clear()
+            x._loss_ids.update(ids)
+
+
 __all__ = [
     "Shape",
     "Tensor",
+    "all_layers",
     "as_tensor",
     "at_least_float32",
     "draw_seed",
@@ -91,6 +112,7 @@ __all__ = [
     "is_float",
     "is_integer",
     "is_symbolic",
+    "losses_kept",
     "serialized",
     "set_keras_mask",
 ]

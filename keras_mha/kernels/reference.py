@@ -24,7 +24,7 @@ from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, allowed_pairs, bias_block, whole
-from keras_mha.masks import is_plain_causal, whole_tile
+from keras_mha.masks import Tile, is_plain_causal, whole_tile
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -35,18 +35,30 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         shape `(B, N, T, S)`, or `None` if the call does not ask for them.
     """
     dtype = call.query.dtype
-    tile = whole(call)
-    bias = bias_block(call, tile)
-    logits = _logits(call, bias)
-    allowed = allowed_pairs(call, tile, bias)
-    weights = _masked_softmax(logits, allowed, call)
+    weights = attention_weights(call, whole(call))
     dropped = _dropout(weights, call)
     output = ops.cast(_weighted_values(dropped, call.value), dtype)
     return output, ops.cast(weights, dtype) if call.return_scores else None
 
 
-def _logits(call: AttentionCall, bias: Tensor | None) -> Tensor:
-    query, key = at_least_float32(call.query), at_least_float32(call.key)
+def attention_weights(call: AttentionCall, tile: Tile) -> Tensor:
+    """Returns the attention weights before dropout of some rows.
+
+    Args:
+        call: The call.
+        tile: A part of the scores that has all columns, and some rows.
+
+    Returns:
+        Shape `(B, N, rows, S)`; float32 for float16 and bfloat16 inputs too.
+    """
+    bias = bias_block(call, tile)
+    logits = _logits(call, tile, bias)
+    return _masked_softmax(logits, allowed_pairs(call, tile, bias), call)
+
+
+def _logits(call: AttentionCall, tile: Tile, bias: Tensor | None) -> Tensor:
+    query = at_least_float32(tile.cut_rows(call.query, 1))
+    key = at_least_float32(call.key)
     logits = _query_dot_key(query * call.scale, key)
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)

@@ -18,7 +18,7 @@ from keras_mha._keras import (
 )
 from keras_mha.biases import Bias
 from keras_mha.layers import cache as kv_cache
-from keras_mha.layers import input_checks
+from keras_mha.layers import input_checks, recording
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_cached_call
@@ -549,16 +549,19 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _attend(self, operands, mask, bias, dropout, return_scores):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""
+        heads = operands.query, operands.key, operands.value
+        arguments = {
+            "mask": mask,
+            "bias": bias,
+            "position_bias": operands.position_bias,
+            "scale": self.scale,
+            "logit_soft_cap": self._logit_soft_cap,
+            "sink": self._sink_logits(),
+        }
+        recording.note(self, *heads, **arguments)
         result = dot_product_attention(
-            operands.query,
-            operands.key,
-            operands.value,
-            mask=mask,
-            bias=bias,
-            position_bias=operands.position_bias,
-            scale=self.scale,
-            logit_soft_cap=self._logit_soft_cap,
-            sink=self._sink_logits(),
+            *heads,
+            **arguments,
             dropout=dropout,
             seed=self._dropout_layer.seed_generator if dropout else None,
             return_scores=return_scores,

@@ -172,7 +172,7 @@ def plan_attention(
     >>> keras_mha.plan_attention(x, x, x, return_scores=True).implementation
     'reference'
     """
-    call = _checked_call(
+    call = checked_call(
         query,
         key,
         value,
@@ -213,7 +213,7 @@ class DotProductAttention(keras.Operation):
                 f"Received: dropout={options['dropout']}"
             )
         arguments = {"mask": mask, "bias": bias, "sink": sink, "position_bias": None}
-        call = _checked_call(query, key, value, **arguments, **options)
+        call = checked_call(query, key, value, **arguments, **options)
         planner.plan(call, implementation)
         shape, dtype = (*query.shape[:3], value.shape[-1]), call.query.dtype
         output = keras.KerasTensor(shape, dtype=dtype)
@@ -234,12 +234,12 @@ class DotProductAttention(keras.Operation):
 @backends.as_written
 def _attend(query, key, value, *, implementation, position_bias=None, **arguments):
     arguments["position_bias"] = position_bias
-    call = _checked_call(query, key, value, **arguments)
+    call = checked_call(query, key, value, **arguments)
     output, scores = planner.plan(call, implementation).kernel(call)
     return (output, scores) if call.return_scores else output
 
 
-def _checked_call(
+def checked_call(
     query,
     key,
     value,
@@ -250,11 +250,14 @@ def _checked_call(
     scale,
     logit_soft_cap,
     sink,
-    dropout,
-    seed,
-    return_scores,
+    dropout=0.0,
+    seed=None,
+    return_scores=False,
 ) -> AttentionCall:
-    """Checks the arguments, fills in the defaults and returns them as one call."""
+    """Checks the arguments, fills in the defaults and returns them as one call.
+
+    The arguments are those of `dot_product_attention`.
+    """
     query, key, value = (
         _as_float_tensor(name, x)
         for name, x in (("query", query), ("key", key), ("value", value))

@@ -1,5 +1,6 @@
 """Loops, tiles and gradients on JAX; loops become `while` loops of the program."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -115,6 +116,11 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     `cotangent(y)` taken for constant."""
     y, gradients = jax.vjp(function, *tensors)
     return gradients(cotangent(y))
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """Returns a context in which nothing is kept for gradients."""
+    return contextlib.nullcontext()  # only where jax.grad is asked for them
 
 
 def known(x: Any) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Loops, tiles and gradients on TensorFlow: Python's eagerly, `tf.while_loop` else."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -128,6 +129,11 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
         y = function(*tensors)
     found = tape.gradient(y, tensors, cotangent(y))
     return tuple(tf.convert_to_tensor(gradient) for gradient in found)
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """Returns a context in which nothing is kept for gradients."""
+    return contextlib.nullcontext()  # only what a tape watches keeps them
 
 
 def known(x: Any) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Loops, tiles and gradients on PyTorch: loops are Python's, tiles are lists."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -135,6 +136,11 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     with torch.enable_grad():
         y = function(*inputs)
     return torch.autograd.grad(y, inputs, cotangent(y.detach()))
+
+
+def without_gradients() -> contextlib.AbstractContextManager:
+    """Returns a context in which nothing is kept for gradients."""
+    return torch.no_grad()
 
 
 def known(x: Any) -> np.ndarray | None:

@@ -1,0 +1,267 @@
+"""What the attention layers of a model attend to, seen while the model runs."""
+
+import fnmatch
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mha import _checks
+from keras_mha._keras import Tensor, all_layers, losses_kept
+from keras_mha.kernels import backends, reference
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.layers import recording
+from keras_mha.layers.multi_head_attention import MultiHeadAttention
+from keras_mha.masks import Tile
+from keras_mha.ops.dot_product_attention import checked_call
+
+# How many scores are worked out at a time: 64 MiB of them in float32.
+_AT_ONCE = 2**24
+
+
+def attention_maps(
+    model: keras.layers.Layer,
+    inputs: Any,
+    layers: str | MultiHeadAttention | Iterable[str | MultiHeadAttention] | None = None,
+    *,
+    heads: int | Sequence[int] | None = None,
+    query_rows: int | Sequence[int] | None = None,
+    **call_arguments: Any,
+) -> dict[str, np.ndarray]:
+    """Returns what each attention layer of a model attends to.
+
+    The model is called once, as at inference, and its layers are watched: it is neither
+    rebuilt nor compiled anew, and its weights, states, losses and outputs stay what
+    they are. A layer attends as it always does; its weights are worked out beside that,
+    some rows at a time. (A model that was never called makes its weights first, in a
+    call more.)
+
+    Args:
+        model: Any Keras model or layer that holds `keras_mha.MultiHeadAttention`,
+            however deep. For Keras's own attention layers see
+            `keras_mha.interop.convert_model`.
+        inputs: What the model is called with.
+        layers: Which attention layers: a layer, its name, its path or a pattern of
+            paths such as `"decoder/*"`, or several of these. Defaults to all.
+        heads: Which heads to return: a number or several; negative ones count from
+            the last. Defaults to all.
+        query_rows: Which queries to return, as positions in the sequence: a number or
+            several. A long sequence has too many scores to hold them all; the rows left
+            out are not worked out. Defaults to all.
+        **call_arguments: Passed on to the model's call. `training` is `False` unless
+            it is given here.
+
+    Returns:
+        A dictionary from each layer's path to its attention weights after softmax,
+        before dropout, in the order of the calls: NumPy arrays of shape
+        `(B, heads, query rows, S)`, float32 (float64 of layers in float64). A layer's
+        second call is found under `"path#2"`, its third under `"path#3"`. Of a layer
+        with `attention_axes`, the axes attended over are one, in row-major order, and
+        the others are part of the batch. With a cache there is a column for each of
+        its slots.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If there is no such layer, head or query, or if a layer runs where
+            its numbers cannot be seen: in a function compiled by `jax.jit`,
+            `tf.function` or `torch.compile`, or vectorised as by
+            `keras.ops.vectorized_map`. (A function compiled before cannot be
+            looked into: there a warning names the layers that were not seen.)
+
+    Example:
+
+    >>> inputs = keras.Input((10, 16))
+    >>> attention = keras_mha.MultiHeadAttention(2, 8, name="attention")
+    >>> model = keras.Model(inputs, attention(inputs, use_causal_mask=True))
+    >>> maps = keras_mha.attention_maps(model, keras.random.normal((1, 10, 16)))
+    >>> maps["attention"].shape
+    (1, 2, 10, 10)
+    >>> x = keras.random.normal((1, 10, 16))
+    >>> keras_mha.attention_maps(model, x, query_rows=-1)["attention"].shape
+    (1, 2, 1, 10)
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+    wishes = (
+        _checked_layers(layers),
+        _checked_numbers("heads", heads),
+        _checked_numbers("query_rows", query_rows),
+    )
+    call_arguments = {"training": False, **call_arguments}
+    before = len(model.weights)
+    found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
+    if len(model.weights) != before:
+        # Weights that are only just being made have no lasting numbers in this call.
+        found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
+    return found.maps_or_raise(model)
+
+
+def _watched_call(model, inputs, arguments, watcher) -> "_Watcher":
+    with (
+        backends.current().without_gradients(),
+        losses_kept(model),
+        keras.StatelessScope(),  # no variable changes in it
+        recording.watching(watcher),
+    ):
+        model(inputs, **arguments)
+    return watcher
+
+
+class _Watcher:
+    """Works out the attention weights of the layers it is told of.
+
+    Nothing is raised in the middle of the model's call, where it could be caught or
+    leave something half done.
+    """
+
+    def __init__(self, layers, heads, query_rows):
+        self._layers, self._heads, self._query_rows = layers, heads, query_rows
+        self._paths: list[str] = []
+        self._unmatched = list(layers or ())
+        self._unseen: list[str] = []
+        self._error: Exception | None = None
+        self._maps: dict[str, np.ndarray] = {}
+
+    def __call__(self, layer, query, key, value, **arguments):
+        self._paths.append(layer.path)
+        if self._error is not None or not self._is_wanted(layer):
+            return
+        calls = self._paths.count(layer.path)
+        name = layer.path if calls == 1 else f"{layer.path}#{calls}"
+        if not _has_numbers(query):
+            self._unseen.append(name)
+            return
+        try:
+            call = checked_call(query, key, value, **arguments)
+            self._maps[name] = self._weights(call, f"layer {name!r}")
+        except Exception as error:
+            self._error = error
+
+    def _is_wanted(self, layer: MultiHeadAttention) -> bool:
+        if self._layers is None:
+            return True
+        matching = [wish for wish in self._layers if _matches(wish, layer)]
+        self._unmatched = [x for x in self._unmatched if x not in matching]
+        return bool(matching)
+
+    def _weights(self, call: AttentionCall, where: str) -> np.ndarray:
+        batch, heads, rows, columns = call.scores_shape
+        chosen = _indices("heads", self._heads, heads, where)
+        wanted = _indices("query_rows", self._query_rows, rows, where)
+        most = max(_AT_ONCE // max(batch * heads * columns, 1), 1)
+        parts = [np.zeros((batch, len(chosen), 0, columns), "float32")]
+        for start, count in _runs(wanted, most):
+            part = reference.attention_weights(call, Tile(start, count, 0, columns))
+            parts.append(np.asarray(keras.ops.convert_to_numpy(part))[:, chosen])
+        return np.concatenate(parts, axis=2)
+
+    def maps_or_raise(self, model: keras.layers.Layer) -> dict[str, np.ndarray]:
+        """Returns the maps, or raises what kept them from being seen."""
+        if self._error is not None:
+            raise self._error
+        if self._unseen:
+            raise ValueError(
+                "Attention layers of `model` run where their numbers cannot be seen: "
+                "in a function compiled by jax.jit, tf.function or torch.compile, or "
+                "vectorised as by keras.ops.vectorized_map. "
+                f"Received: a model with such layers, {_listed(self._unseen)}"
+            )
+        if not self._paths:
+            raise ValueError(
+                "`model` must call a keras_mha.MultiHeadAttention, outside of compiled "
+                "functions (for Keras's own layers see "
+                "keras_mha.interop.convert_model). "
+                f"Received: the {type(model).__name__} {model.name!r}, which calls none"
+            )
+        if self._unmatched:
+            raise ValueError(
+                "`layers` must name attention layers that the model calls: "
+                f"{_listed(self._paths)}. Received: {_listed(self._unmatched)}"
+            )
+        self._warn_of_layers_not_called(model)
+        return self._maps
+
+    def _warn_of_layers_not_called(self, model: keras.layers.Layer) -> None:
+        missed = [
+            layer.path
+            for layer in all_layers(model)
+            if isinstance(layer, MultiHeadAttention)
+            and layer.path not in self._paths
+            and self._is_wanted(layer)
+        ]
+        if missed:
+            warnings.warn(
+                f"`model` holds attention layers that were not seen: {_listed(missed)}."
+                " It did not call them, or only in a compiled function.",
+                stacklevel=4,
+            )
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor is no placeholder of a compiled or vectorised function."""
+    try:
+        keras.ops.convert_to_numpy(keras.ops.cast(tensor, "float32"))
+    except Exception:  # each backend raises errors of its own kind
+        return False
+    return True
+
+
+def _checked_layers(layers: Any) -> list[str | MultiHeadAttention] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, str | keras.layers.Layer) or not isinstance(layers, Iterable):
+        layers = [layers]
+    layers = list(layers)
+    for layer in layers:
+        if not isinstance(layer, str | MultiHeadAttention):
+            raise TypeError(
+                "`layers` must be keras_mha.MultiHeadAttention layers or their names "
+                "or paths. "
+                f"Received: {layer!r} (of type {type(layer).__name__})"
+            )
+    return layers
+
+
+def _checked_numbers(name: str, numbers: Any) -> list[int] | None:
+    if numbers is None:
+        return None
+    if not isinstance(numbers, Iterable):
+        numbers = [numbers]
+    return [_checks.integer(name, number) for number in numbers]
+
+
+def _matches(wish: str | MultiHeadAttention, layer: MultiHeadAttention) -> bool:
+    if not isinstance(wish, str):
+        return wish is layer
+    return wish in (layer.name, layer.path) or fnmatch.fnmatchcase(layer.path, wish)
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(repr(name) for name in names))
+
+
+def _indices(name: str, wanted: list[int] | None, length: int, where: str) -> list[int]:
+    if wanted is None:
+        return list(range(length))
+    for number in wanted:
+        if not -length <= number < length:
+            raise ValueError(
+                f"`{name}` must be from {-length} to {length - 1} for {where}. "
+                f"Received: {name} with {number}"
+            )
+    return [number % length for number in wanted]
+
+
+def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Yields `(first, count)` of neighbouring rows, at most so many at once."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        follows = end < len(rows) and rows[end] == rows[end - 1] + 1
+        if not follows or end - start == most:
+            yield rows[start], end - start
+            start = end
