@@ -16,7 +16,7 @@ import keras_mha
 from keras_mha import masks
 
 ROOT = Path(__file__).parent.parent
-READMES = ["README.md"]
+READMES = ["README.md", "README.zh-CN.md"]
 CODE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 FETCHED_BY_CSS = re.compile(r"(?:@import|url\()\s*[\"']?(\w+:)?(//[^)\"']+)")
 
@@ -166,3 +166,8 @@ def test_what_a_readme_links_to_is_there(readme):
 def anchor(heading):
     """What GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_the_chinese_readme_has_the_same_code():
+    english, chinese = (CODE.findall((ROOT / n).read_text("utf-8")) for n in READMES)
+    assert chinese == english

@@ -1,6 +1,7 @@
 """Docstrings in Keras's style, as griffe's Google style reads them."""
 
 import re
+import textwrap
 
 import griffe
 import reference
@@ -34,6 +35,8 @@ def _section(title: str, body: str) -> str:
     if title in ("Example", "Examples"):
         lines = [f"    {line}" if line else "" for line in body.strip("\n").split("\n")]
         return "Examples: Example:\n" + "\n".join(lines) + "\n\n"
+    if title == "Returns":  # griffe would look for a type, which a class has not
+        return f"**Returns:**\n\n{textwrap.dedent(body)}"
     if title == "References":
         return f"**References:**\n\n{_references(body)}\n"
     return f"{title}:\n{body}"

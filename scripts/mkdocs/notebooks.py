@@ -15,6 +15,7 @@ Each runs on a laptop in under two minutes, under any backend, from an empty fol
 They are in `notebooks/` of the sources; what stands here is what they showed when they
 were run.
 """
+OUTPUT = "{ .text .output .no-copy }"
 ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -62,7 +63,9 @@ def as_markdown(notebook, stem: str) -> tuple[str, dict[str, bytes]]:
                     parts.append(f"![What the cell {cell.id!r} draws]({name})")
                 else:
                     text = output.get("text") or data.get("text/plain", "")
-                    parts.append(_fenced(ANSI.sub("", text), "{ .text .output }"))
+                    parts.append(
+                        _fenced(ANSI.sub("", text), "{ .text .output .no-copy }")
+                    )
     return "\n\n".join(parts), pictures
 
 

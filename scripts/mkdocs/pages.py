@@ -66,7 +66,7 @@ def run_blocks(markdown: str, page: Page, config: MkDocsConfig, files: Files) ->
         figure, printed = run(match["code"], names, page.file.src_uri)
         result = match[0]
         if printed:
-            result += f"\n\n```{{ .text .output }}\n{printed}```"
+            result += f"\n\n```{{ .text .output .no-copy }}\n{printed}```"
         if figure is not None:
             pictures += 1
             name = f"{Path(page.file.src_uri).stem}/{pictures}.png"
