@@ -23,13 +23,13 @@ HEADING_OR_BLOCK = re.compile(
     r"^#+ (?P<heading>[^\n]*)$|^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 SECTION = re.compile(r"^<!-- README: (.*) -->$", re.MULTILINE)
-# Where in the site is what the README links to, and how tables are written here.
+# How tables are written here, and where in the site is what the README links to.
 FOR_THE_SITE = {
     r"`\|`": "`|`",
     "](docs/": "](",
-    ".ipynb)": ".md)",
     "](#bring-your-weights)": "](weights.md)",
 }
+NOTEBOOK = re.compile(r"\]\((?:\.\./)?notebooks/(\w+)\.ipynb")
 
 
 def on_page_markdown(
@@ -40,7 +40,8 @@ def on_page_markdown(
     if page.meta.get("run"):
         markdown = run_blocks(markdown, page, config, files)
     readme = (Path(config.config_file_path).parent / "README.md").read_text("utf-8")
-    return SECTION.sub(lambda match: readme_section(readme, match[1]), markdown)
+    markdown = SECTION.sub(lambda match: readme_section(readme, match[1]), markdown)
+    return NOTEBOOK.sub(r"](notebooks/\1.md", markdown)
 
 
 def readme_section(readme: str, heading: str) -> str:
@@ -71,7 +72,7 @@ def run_blocks(markdown: str, page: Page, config: MkDocsConfig, files: Files) ->
             pictures += 1
             name = f"{Path(page.file.src_uri).stem}/{pictures}.png"
             files.append(File.generated(config, name, content=as_png(figure)))
-            result += f"\n\n![{heading}: the picture]({name})"
+            result += f"\n\n![{heading}: the picture]({name}){{ .drawn }}"
         return result
 
     return HEADING_OR_BLOCK.sub(with_result, markdown)
@@ -91,5 +92,5 @@ def run(code: str, names: dict, where: str):
 
 def as_png(figure) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
     return file.getvalue()
