@@ -4,6 +4,7 @@ import keras_mha._keras  # noqa: F401  first, to say what to do without a backen
 from keras_mha import interop, masks, positions
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
+from keras_mha.plotting import plot_attention, plot_heads_over_image, plot_mask
 from keras_mha.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 
 __version__ = "0.1.0"
@@ -18,5 +19,8 @@ __all__ = [
     "interop",
     "masks",
     "plan_attention",
+    "plot_attention",
+    "plot_heads_over_image",
+    "plot_mask",
     "positions",
 ]
