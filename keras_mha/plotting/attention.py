@@ -1,7 +1,8 @@
 """Heads as a grid of maps."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-SMALLEST, LARGEST = 5.0, 9.0  # points, of the tokens
+SMALLEST, LARGEST = 6.0, 8.5  # points, of the tokens
 
 
 def plot_attention(
@@ -125,41 +126,38 @@ def _draw(
     figure: "FigureBase | None",
 ) -> "FigureBase":
     count, rows, keys = maps.shape
-    size = _panel_size(rows, keys, count)
-    high = -(-count // columns)
+    height, width = _map_size(rows, keys, count)
+    fonts = text.font_options([*(labels[0] or []), *(labels[1] or []), title or ""])
+    ticks = _ticks(labels[0], height / rows), _ticks(labels[1], width / keys)
     figure = style.figure_of_size(
-        figure, columns * (size[0] + 0.15) + 1.6, high * (size[1] + 0.3) + 1.2
+        figure,
+        columns * (width + 0.15) + ticks[0].longest + 1.2,
+        -(-count // columns) * (height + 0.35) + ticks[1].longest + 0.9,
     )
-    top, bottom = float(maps.max() or 0), float(maps.min() or 0)
-    fonts = text.font_families([*(labels[0] or []), *(labels[1] or []), title or ""])
+    low, high = min(float(maps.min() or 0), 0), float(maps.max() or 0)
     all_axes = style.panels(figure, count, columns)
-    for index, (axes, weights, name) in enumerate(
-        zip(all_axes, maps, names, strict=True)
-    ):
-        picture = _draw_map(axes, weights, min(bottom, 0), top if top > 0 else 1)
-        if name:
-            axes.set_title(name, fontsize="medium")
-        _label_axis(axes.yaxis, labels[0], size[1] / rows, index % columns == 0, fonts)
-        lowest = index + columns >= count
-        _label_axis(axes.xaxis, labels[1], size[0] / keys, lowest, fonts)
-    figure.colorbar(picture, ax=all_axes, label="attention weight", shrink=0.8)
-    figure.supylabel("query", fontsize="medium")
-    figure.supxlabel("key", fontsize="medium")
+    for index, axes in enumerate(all_axes):
+        picture = _draw_map(axes, maps[index], low, high if high > low else low + 1)
+        axes.set_title(names[index] or "", fontsize="medium")
+        first, lowest = index % columns == 0, index + columns >= count
+        _label_axis(axes.yaxis, "query", ticks[0], first, fonts)
+        _label_axis(axes.xaxis, "key", ticks[1], lowest, fonts)
+    style.colour_bar(figure, picture, all_axes)
     if title:
-        figure.suptitle(title, **text.PLAIN, **({"family": fonts} if fonts else {}))
+        figure.suptitle(title, **fonts)
     if maps.mask.any():
         style.legend(figure, [style.patch("masked", **style.MASKED)])
     return figure
 
 
-def _panel_size(rows: int, keys: int, count: int) -> tuple[float, float]:
-    """Returns a map's width and height in inches."""
+def _map_size(rows: int, keys: int, count: int) -> tuple[float, float]:
+    """Returns a map's height and width in inches."""
     longer = max(rows, keys)
-    side = min(max(0.11 * longer, 1.8), 3.3 if count > 1 else 5.0)
-    return max(side * keys / longer, 0.8), max(side * rows / longer, 0.8)
+    side = min(max(0.17 * longer, 1.8), 3.3 if count > 1 else 5.0)
+    return max(side * rows / longer, 0.8), max(side * keys / longer, 0.8)
 
 
-def _draw_map(axes: "Axes", weights: np.ndarray, low: float, high: float) -> Any:
+def _draw_map(axes: "Axes", weights: np.ma.MaskedArray, low: float, high: float) -> Any:
     if weights.mask.any():
         # Masked cells are transparent: what shows through is the background.
         axes.patch.set(**style.MASKED)
@@ -174,23 +172,55 @@ def _draw_map(axes: "Axes", weights: np.ndarray, low: float, high: float) -> Any
     )
 
 
-def _label_axis(
-    axis: Any, labels: list[str] | None, room: float, shown: bool, fonts: list | None
-) -> None:
-    """Writes tokens, or numbers, where a token has `room` inches."""
-    axis.set_tick_params(length=2, labelsize=7)
+class _Ticks(NamedTuple):
+    """Where tokens are written along an axis, and how.
+
+    Args:
+        places: Their positions; `None` for the positions' numbers.
+        labels: What is written there.
+        size: Of the font, in points.
+        upright: Whether each fits beside the next without being turned.
+        longest: Inches that the longest takes, turned where it must be.
+    """
+
+    places: list[int] | None
+    labels: list[str]
+    size: float
+    upright: bool
+    longest: float
+
+
+def _ticks(labels: list[str] | None, room: float) -> _Ticks:
+    """Finds a font's size, and if need be which labels to leave out.
+
+    Args:
+        labels: All labels.
+        room: Inches from one to the next.
+    """
     if labels is None:
+        return _Ticks(None, [], 7, True, 0.2)
+    points = 72 * room
+    size = min(max(0.85 * points, SMALLEST), LARGEST)
+    step = math.ceil(1.1 * size / points)
+    kept = labels[::step]
+    longest = size * max(map(text.width, kept))
+    upright = longest <= points * step
+    return _Ticks(list(range(0, len(labels), step)), kept, size, upright, longest / 72)
+
+
+def _label_axis(
+    axis: Any, name: str, ticks: _Ticks, shown: bool, fonts: dict[str, Any]
+) -> None:
+    """Names an axis and writes its ticks, where they are `shown`."""
+    axis.set_tick_params(length=2, labelsize=ticks.size)
+    if shown:
+        axis.set_label_text(name)
+    if ticks.places is None:
         axis.get_major_locator().set_params(integer=True)
         axis.set_tick_params(labelleft=shown, labelbottom=shown)
         return
-    size = min(max(0.85 * 72 * room, SMALLEST), LARGEST)
-    step = int(np.ceil(1.1 * size / (72 * room)))
-    places = range(0, len(labels), step)
-    kept = [labels[place] if shown else "" for place in places]
-    options: dict[str, Any] = {"fontsize": size, **text.PLAIN}
-    if fonts:
-        options["family"] = fonts
-    if axis.axis_name == "x":
-        fits = max(map(text.width, kept)) * size <= 72 * room * step
-        options["rotation"] = 0 if fits else 90
-    axis.set_ticks(list(places), kept, **options)
+    labels = ticks.labels if shown else [""] * len(ticks.labels)
+    turned = axis.axis_name == "x" and not ticks.upright
+    axis.set_ticks(
+        ticks.places, labels, fontsize=ticks.size, rotation=90 * turned, **fonts
+    )

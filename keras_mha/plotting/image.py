@@ -202,7 +202,7 @@ def _draw(
     wide = min(max(2.0 * width / height, 1.0), 4.0)
     tall = wide * height / width
     figure = style.figure_of_size(
-        figure, columns * (wide + 0.1) + 1.2, -(-count // columns) * (tall + 0.25) + 0.5
+        figure, columns * (wide + 0.1) + 1.2, -(-count // columns) * (tall + 0.35) + 0.4
     )
     repeats = len(frames) // weights.shape[1]
     options = {"vmin": min(float(weights.min()), 0), "vmax": float(weights.max()) or 1}
@@ -214,10 +214,9 @@ def _draw(
         if patch is not None and patch[0] == here:
             _frame_patch(axes, patch[1:], weights.shape[2:], (height, width))
         _name_panel(axes, names[head], frame, len(frames))
-    figure.colorbar(picture, ax=all_axes, label="attention weight", shrink=0.8)
+    style.colour_bar(figure, picture, all_axes)
     if title:
-        fonts = text.font_families([title])
-        figure.suptitle(title, **text.PLAIN, **({"family": fonts} if fonts else {}))
+        figure.suptitle(title, **text.font_options([title]))
     return figure
 
 
@@ -226,9 +225,7 @@ def _draw_panel(
 ) -> Any:
     height, width = image.shape[:2]
     extent = (0, width, height, 0)  # image and patches cover the same pixels
-    grey = image.shape[-1] == 1
-    pixels = image[..., 0] if grey else image
-    axes.imshow(pixels, cmap="gray", vmin=0, vmax=1, extent=extent)
+    axes.imshow(_faded(image), extent=extent)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("lightgray")
     return axes.imshow(
@@ -238,6 +235,16 @@ def _draw_panel(
         interpolation="nearest",
         **options,
     )
+
+
+def _faded(image: np.ndarray) -> np.ndarray:
+    """Returns the image `(H, W, 3)` in colours that leave the strong ones free."""
+    colours, opacity = image[..., :3], image[..., 3:]
+    if opacity.size:
+        colours = colours * opacity + 1 - opacity
+    grey = colours.mean(axis=-1, keepdims=True)
+    faded = 0.15 + 0.7 * (0.4 * colours + 0.6 * grey)
+    return np.broadcast_to(faded, (*image.shape[:2], 3))
 
 
 def _frame_patch(

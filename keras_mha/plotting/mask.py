@@ -100,7 +100,7 @@ def _pieces(tile: Any, rows: int, columns: int) -> tuple[Pieces, Pieces]:
             tiling.cut_in_pieces(columns, tiling.TILE),
         )
     if tile is None:
-        tile = -(-longer // 8)
+        tile = _small_tile(rows, columns)
     pair = (tile, tile) if hasattr(tile, "__index__") else tile
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(
@@ -109,6 +109,16 @@ def _pieces(tile: Any, rows: int, columns: int) -> tuple[Pieces, Pieces]:
         )
     sizes = [_checks.positive_integer("tile", size) for size in pair]
     return _cut(rows, sizes[0]), _cut(columns, sizes[1])
+
+
+def _small_tile(rows: int, columns: int) -> int:
+    eighth = -(-max(rows, columns) // 8)
+    dividing = (
+        size
+        for size in range(eighth, 2 * eighth)
+        if rows % size == 0 and columns % size == 0
+    )
+    return next(dividing, eighth)
 
 
 def _cut(length: int, size: int) -> Pieces:
@@ -161,7 +171,7 @@ def _draw(
     rows, columns = (piece.length for piece in pieces)
     longer = max(rows, columns)
     size = [max(4.2 * length / longer, 1.2) for length in (rows, columns)]
-    figure = style.figure_of_size(figure, max(size[1] + 0.6, 4.2), size[0] + 1.5)
+    figure = style.figure_of_size(figure, max(size[1] + 0.6, 4.2), size[0] + 1.9)
     axes = figure.subplots()
     axes.imshow(
         _coloured(shares, starts, kinds, pieces),
@@ -174,8 +184,7 @@ def _draw(
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     if title:
-        fonts = text.font_families([title])
-        axes.set_title(title, **text.PLAIN, **({"family": fonts} if fonts else {}))
+        figure.suptitle(title, **text.font_options([title]))
     style.legend(figure, _entries(kinds))
     return figure
 
@@ -208,7 +217,7 @@ def _entries(kinds: np.ndarray) -> list[Any]:
     empty, mixed, full = (f"{n} of {kinds.size} ({n / kinds.size:.0%})" for n in counts)
     return [
         style.patch(f"full tiles: {full}", color=COLOURS["full"][1]),
-        style.patch(f"mixed tiles: {mixed}, may attend", color=COLOURS["mixed"][1]),
-        style.patch("mixed tiles, may not attend", color=COLOURS["mixed"][0]),
+        style.patch(f"mixed tiles: {mixed}: may attend", color=COLOURS["mixed"][1]),
+        style.patch("mixed tiles: may not attend", color=COLOURS["mixed"][0]),
         style.patch(f"empty tiles: {empty}", color=COLOURS["empty"][0]),
     ]

@@ -35,7 +35,7 @@ def figure_of_size(
         return _new_figure(width, height)
     # A part of a figure is arranged with the whole, which is its owner's business.
     if hasattr(figure, "set_layout_engine") and figure.get_layout_engine() is None:
-        figure.set_layout_engine("constrained")
+        figure.set_layout_engine("compressed")
     return figure
 
 
@@ -52,15 +52,19 @@ def _new_figure(width: float, height: float) -> "Figure":
             self.savefig(picture, format="png")
             return picture.getvalue()
 
-    return NotebookFigure(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="compressed")
 
 
 def highlight() -> "Colormap":
     """Returns colours to lay over an image, whose low end lets it show through."""
     from matplotlib.colors import LinearSegmentedColormap
 
-    # From nothing at all to a strong orange.
-    stops = [(1.0, 0.6, 0.0, 0.0), (1.0, 0.45, 0.0, 0.55), (0.85, 0.1, 0.0, 0.8)]
+    # From nothing at all, soon to orange, to a strong red.
+    stops = [
+        (0.0, (1.0, 0.7, 0.0, 0.0)),
+        (0.3, (1.0, 0.6, 0.0, 0.6)),
+        (1.0, (0.85, 0.1, 0.0, 0.9)),
+    ]
     return LinearSegmentedColormap.from_list("highlight", stops)
 
 
@@ -73,6 +77,13 @@ def panels(
     for axes in grid.flat[count:]:
         axes.remove()
     return list(grid.flat[:count])
+
+
+def colour_bar(figure: "FigureBase", picture: Any, all_axes: list["Axes"]) -> None:
+    """Says what the colours mean, once for all panels."""
+    figure.colorbar(
+        picture, ax=all_axes, label="attention weight", aspect=30, pad=0.015
+    )
 
 
 def patch(label: str, **style: Any) -> "Patch":

@@ -1,5 +1,6 @@
 """Tokens as labels: what cannot be seen is made visible, what is long is cut."""
 
+import contextlib
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
@@ -64,10 +65,10 @@ def _shortened(text: str) -> str:
 def width(text: str) -> float:
     """Returns about how wide a text is, in units of the font's size."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return 0.62 * (len(text) - wide) + wide
+    return 0.55 * (len(text) - wide) + wide
 
 
-def font_families(texts: Iterable[str], stacklevel: int = 4) -> list[str] | None:
+def font_options(texts: Iterable[str], stacklevel: int = 4) -> dict[str, Any]:
     """Finds fonts among those installed that have what the usual one has not.
 
     Args:
@@ -75,15 +76,15 @@ def font_families(texts: Iterable[str], stacklevel: int = 4) -> list[str] | None
         stacklevel: Whose line a warning is about, as in `warnings.warn`.
 
     Returns:
-        Names of fonts, in the order in which they are asked for a character. `None` if
-        the usual font has everything.
+        What to write them with: options of matplotlib's texts.
     """
     characters = {
         character
         for character in "".join(texts)
         if not character.isspace() and unicodedata.category(character) != "Cf"
     }
-    usual, found, missing = _fonts_for(frozenset(characters), tuple(_usual_families()))
+    usual = _usual_families()
+    found, missing = _fonts_for(frozenset(characters), tuple(usual))
     if missing:
         scripts = sorted({_script(character) for character in missing})
         some = "".join(sorted(missing)[:8])
@@ -95,9 +96,10 @@ def font_families(texts: Iterable[str], stacklevel: int = 4) -> list[str] | None
             stacklevel=stacklevel,
         )
     if not found and not missing:
-        return None
+        return PLAIN
     # Without this matplotlib warns of each character by itself, each time it draws.
-    return [*usual, *found, *([LAST_RESORT] if missing else [])]
+    last = [LAST_RESORT] if missing else []
+    return {**PLAIN, "family": [*usual, *found, *last]}
 
 
 def _usual_families() -> list[str]:
@@ -109,33 +111,46 @@ def _usual_families() -> list[str]:
 @lru_cache(maxsize=64)
 def _fonts_for(
     characters: frozenset[str], usual: tuple[str, ...]
-) -> tuple[list[str], list[str], frozenset[str]]:
-    from matplotlib.font_manager import fontManager
+) -> tuple[list[str], frozenset[str]]:
+    """Returns fonts with what the usual ones lack, and what those lack as well."""
+    from matplotlib.font_manager import FontProperties, findfont
 
     missing = characters
     for family in usual:
-        missing -= _had_by(_file(family), missing)
-    found = []
-    if missing:
-        _notice_new_fonts()
-    names = sorted(
-        {entry.name for entry in fontManager.ttflist} - {LAST_RESORT},
-        key=lambda name: ("Sans" not in name, "Mono" in name, name),
-    )
+        missing -= _had_by(findfont(FontProperties(family=[family])), missing)
+    found: list[str] = []
+    if not missing:
+        return found, missing
+    had = {name: _had_by(path, missing) for name, path in _installed().items()}
     while missing:
-        had = {name: _had_by(_file(name), missing) for name in names}
-        best = max(names, key=lambda name: len(had[name]))
-        if not had[best]:
+        best = max(had, key=lambda name: len(had[name] & missing))
+        if not had[best] & missing:
             break
         found.append(best)
         missing -= had[best]
-    return list(usual), found, missing
+    return found, missing
 
 
-def _file(family: str) -> str:
-    from matplotlib.font_manager import FontProperties, findfont
+def _installed() -> dict[str, str]:
+    """Returns the fonts' names and files, first the plain ones without serifs."""
+    from matplotlib.font_manager import findSystemFonts, fontManager
 
-    return findfont(FontProperties(family=[family]))
+    # Matplotlib keeps a list of fonts, which is older than those just installed.
+    known = {entry.fname for entry in fontManager.ttflist}
+    for path in sorted(set(findSystemFonts()) - known):
+        with contextlib.suppress(RuntimeError, OSError):  # of an unknown format
+            fontManager.addfont(path)
+
+    def plainness(entry: Any) -> tuple:
+        heaviness = abs(int(entry.weight) - 400)
+        return heaviness, "Sans" not in entry.name, "Mono" in entry.name, entry.name
+
+    entries = [entry for entry in fontManager.ttflist if entry.style == "normal"]
+    entries = [entry for entry in entries if entry.name != LAST_RESORT]
+    files: dict[str, str] = {}
+    for entry in sorted(entries, key=plainness):
+        files.setdefault(entry.name, entry.fname)
+    return files
 
 
 def _had_by(path: str, characters: frozenset[str]) -> frozenset[str]:
@@ -146,18 +161,6 @@ def _had_by(path: str, characters: frozenset[str]) -> frozenset[str]:
     except (RuntimeError, OSError):  # of a format that it cannot read, as of emoji
         return frozenset()
     return frozenset(c for c in characters if font.get_char_index(ord(c)))
-
-
-def _notice_new_fonts() -> None:
-    """Lets matplotlib know of fonts installed since it made its list of them."""
-    from matplotlib.font_manager import findSystemFonts, fontManager
-
-    known = {entry.fname for entry in fontManager.ttflist}
-    for path in sorted(set(findSystemFonts()) - known):
-        try:
-            fontManager.addfont(path)
-        except (RuntimeError, OSError):
-            continue
 
 
 def _script(character: str) -> str:
