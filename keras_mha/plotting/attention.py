@@ -214,15 +214,15 @@ def _label_axis(
     axis: Any, name: str, ticks: _Ticks, shown: bool, fonts: dict[str, Any]
 ) -> None:
     """Names an axis and writes its ticks, where they are `shown`."""
-    axis.set_tick_params(length=2, labelsize=ticks.size)
+    axis.set_tick_params(
+        length=2, labelsize=ticks.size, labelleft=shown, labelbottom=shown
+    )
     if shown:
         axis.set_label_text(name)
     if ticks.places is None:
         axis.get_major_locator().set_params(integer=True)
-        axis.set_tick_params(labelleft=shown, labelbottom=shown)
-        return
-    labels = ticks.labels if shown else [""] * len(ticks.labels)
-    turned = axis.axis_name == "x" and not ticks.upright
-    axis.set_ticks(
-        ticks.places, labels, fontsize=ticks.size, rotation=90 * turned, **fonts
-    )
+    elif shown:
+        turned = axis.axis_name == "x" and not ticks.upright
+        axis.set_ticks(ticks.places, ticks.labels, rotation=90 * turned, **fonts)
+    else:
+        axis.set_ticks(ticks.places)

@@ -26,7 +26,8 @@ def png(figure):
 
 
 def written(axis):
-    return [label.get_text() for label in axis.get_ticklabels()]
+    labels = axis.get_ticklabels()
+    return [label.get_text() for label in labels if label.get_visible()]
 
 
 def values(axes):
@@ -70,7 +71,7 @@ def test_axes_are_named_and_labelled_with_the_tokens(weights, panels):
     assert written(first.yaxis) == WORDS
     assert written(first.xaxis) == written(second.xaxis) == ["le", "chat"]
     # The second stands beside the first, whose labels hold for it too.
-    assert set(written(second.yaxis)) == {""}
+    assert written(second.yaxis) == []
 
 
 def test_each_column_is_labelled_at_its_lowest_panel(weights, panels):
@@ -80,9 +81,7 @@ def test_each_column_is_labelled_at_its_lowest_panel(weights, panels):
 
 
 def test_positions_are_numbered_without_tokens(weights, panels):
-    figure = plot_attention(weights(4, 4))
-    figure.draw_without_rendering()
-    (axes,) = panels(figure)
+    (axes,) = panels(plot_attention(weights(4, 4)))
     assert {"0", "1", "2", "3"} <= set(written(axes.xaxis))
 
 
@@ -172,8 +171,8 @@ def test_everything_masked_can_be_drawn(panels):
 
 
 def test_a_single_query_and_a_single_key_can_be_drawn(weights):
-    png(plot_attention(weights(2, 1, 40)))
-    png(plot_attention(weights(2, 40, 1), ["x"] * 40, ["y"]))
+    png(plot_attention(weights(1, 20)))
+    png(plot_attention(weights(20, 1), ["x"] * 20, ["y"]))
     png(plot_attention(np.ones((1, 1))))
 
 
@@ -199,21 +198,23 @@ def overlaps(figure, labels):
     return sum(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
-@pytest.mark.parametrize("count, length", [(1, 3), (2, 12), (8, 30), (1, 77)])
+@pytest.mark.parametrize("count, length", [(1, 3), (2, 12), (1, 77)])
 def test_labels_do_not_run_into_each_other(weights, panels, count, length):
     tokens = [f"token{i}" for i in range(length)]
     figure = plot_attention(weights(count, length, length), tokens, tokens)
-    lowest, left = panels(figure)[-1], panels(figure)[count // 8 * 4]
-    assert not overlaps(figure, lowest.get_xticklabels())
-    assert not overlaps(figure, left.get_yticklabels())
+    first = panels(figure)[0]
+    assert not overlaps(figure, first.get_xticklabels())
+    assert not overlaps(figure, first.get_yticklabels())
 
 
-def test_thirty_tokens_are_all_written_in_a_size_that_can_be_read(weights, panels):
+def test_eight_heads_of_thirty_tokens_can_be_read(weights, panels):
     tokens = [f"token{i}" for i in range(30)]
-    figure = plot_attention(weights(8, 30, 30), tokens, tokens)
-    labels = panels(figure)[4].get_yticklabels()
-    assert [label.get_text() for label in labels] == tokens
-    assert labels[0].get_size() >= 6
+    figure = plot_attention(weights(8, 30, 30, causal=True), tokens, tokens)
+    below = panels(figure)[4]
+    for labels in (below.get_xticklabels(), below.get_yticklabels()):
+        assert [label.get_text() for label in labels] == tokens
+        assert not overlaps(figure, labels)
+        assert labels[0].get_size() >= 6
 
 
 def test_many_tokens_are_thinned_at_their_own_places(weights, panels):
