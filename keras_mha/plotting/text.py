@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 LONGEST = 14  # characters of a label
-# Not even with nothing: $ and _ in a token are themselves, no formula.
+# `$` and `_` in a token are themselves, no formula.
 PLAIN = {"parse_math": False, "usetex": False}
 # It has a box with the script's name in it for every character there is.
 LAST_RESORT = "Last Resort High-Efficiency"
