@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_mha import MultiHeadAttention, info
+from keras_mha import MultiHeadAttention, attention_maps, info
 from keras_mha.__main__ import main
 from keras_mha.demo import digits, picture
 from keras_mha.demo import model as model_module
@@ -144,7 +144,7 @@ def test_rollout_goes_back_through_the_blocks_in_order():
 
 def test_rollout_of_the_model_shares_out_each_answer():
     images = np.random.default_rng(0).random((3, 8, 8), "float32")
-    scores = picture.attention_scores(model_module.build(), images)
+    scores = list(attention_maps(model_module.build(), images).values())
     assert [block.shape for block in scores] == [(3, 4, 16, 16)] * 2
     np.testing.assert_allclose(picture.rollout(scores).sum(axis=1), 1, rtol=1e-5)
 

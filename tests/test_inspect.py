@@ -409,8 +409,7 @@ class TestWrongUse:
         class Model(keras.Model):
             def __init__(self):
                 super().__init__()
-                self.block = Block()
-                self.block.build((2, 6, 8))
+                self.block = built(Block())
 
             def call(self, x):
                 return keras.ops.vectorized_map(self.block, x)
@@ -436,8 +435,7 @@ class TestWrongUse:
         self.check_compiled(tf.function)
 
     def check_compiled(self, compiled):
-        block = Block()
-        block.build((2, 6, 8))
+        block = built(Block())
 
         class Model(keras.Model):
             def __init__(self):

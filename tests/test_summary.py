@@ -170,5 +170,5 @@ class TestWrongUse:
             ValueError, match=r"as many as the scores have rows, 4.*: 2"
         ):
             attention_summary(scores, query_rows=[0, 1])
-        with pytest.raises(ValueError, match="`query_rows` must be .*at least 0"):
+        with pytest.raises(ValueError, match=r"`query_rows` must be .*at least 0"):
             attention_summary(scores, query_rows=[0, 1, 2, -1])

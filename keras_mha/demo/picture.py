@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from keras_mha import MultiHeadAttention
+from keras_mha import attention_maps
 from keras_mha.demo.model import GRID, TOKENS
 
 COLUMNS = 5
@@ -19,18 +19,6 @@ EXTENT = (0, 8, 8, 0)  # pixels: images and patches cover the same square
 HIGHLIGHT = LinearSegmentedColormap.from_list(
     "highlight", [(1.0, 0.6, 0.0, 0.0), (1.0, 0.45, 0.0, 0.55), (0.85, 0.1, 0.0, 0.8)]
 )
-
-
-def attention_scores(model: keras.Model, images: np.ndarray) -> list[np.ndarray]:
-    """Returns each block's scores, `(images, heads, tokens, tokens)`."""
-    found = [layer for layer in model.layers if isinstance(layer, MultiHeadAttention)]
-    features = keras.Model(model.input, [layer.input for layer in found])
-    inputs = features.predict(images, batch_size=len(images), verbose=0)
-    scores = []
-    for layer, tensors in zip(found, inputs, strict=True):
-        _, weights = layer(*tensors, return_attention_scores=True)
-        scores.append(keras.ops.convert_to_numpy(weights))
-    return scores
 
 
 def rollout(scores: list[np.ndarray]) -> np.ndarray:
@@ -66,7 +54,8 @@ def draw(
     """
     answers = model.predict(images, batch_size=len(images), verbose=0).argmax(-1)
     chosen = choose(answers, classes)
-    attention = rollout(attention_scores(model, images[chosen]))
+    maps = attention_maps(model, images[chosen])
+    attention = rollout(list(maps.values()))
     rows = -(-len(chosen) // COLUMNS)
     figure = Figure(figsize=(2 * COLUMNS, 2.1 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
