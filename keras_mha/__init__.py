@@ -6,6 +6,7 @@ from keras_mha.callbacks import AttentionRecorder
 from keras_mha.inspect import attention_maps
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
+from keras_mha.plotting import plot_attention, plot_heads_over_image, plot_mask
 from keras_mha.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 from keras_mha.summary import attention_summary
 
@@ -24,5 +25,8 @@ __all__ = [
     "interop",
     "masks",
     "plan_attention",
+    "plot_attention",
+    "plot_heads_over_image",
+    "plot_mask",
     "positions",
 ]

@@ -1,0 +1,103 @@
+"""What the pictures have in common: figures, colours and legends."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+from keras_mha.info import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.patches import Patch
+
+# What nobody may attend to: no colour of the scale looks like it, 0 least of all.
+MASKED = {"facecolor": "0.92", "edgecolor": "0.65", "hatch": "////", "linewidth": 0.0}
+
+
+def check_figure(what: str, figure: Any) -> None:
+    """Raises if there is no matplotlib, or `figure` is nothing to draw into."""
+    require(what, {"matplotlib": "matplotlib"}, "viz")
+    from matplotlib.figure import FigureBase
+
+    if figure is not None and not isinstance(figure, FigureBase):
+        raise TypeError(
+            "`figure` must be a matplotlib Figure or SubFigure. "
+            f"Received: figure={figure!r} (of type {type(figure).__name__})"
+        )
+
+
+def figure_of_size(
+    figure: "FigureBase | None", width: float, height: float
+) -> "FigureBase":
+    """Returns the given figure, arranged by matplotlib, or a new one of this size."""
+    if figure is None:
+        return _new_figure(width, height)
+    # A part of a figure is arranged with the whole, which is its owner's business.
+    if hasattr(figure, "set_layout_engine") and figure.get_layout_engine() is None:
+        figure.set_layout_engine("compressed")
+    return figure
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        """A figure that a notebook shows although pyplot knows nothing of it."""
+
+        def _repr_png_(self) -> bytes:
+            # IPython asks for this only where pyplot has not told it how to show
+            # figures of every kind: it is never shown twice.
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
+    return NotebookFigure(figsize=(width, height), layout="compressed")
+
+
+def highlight() -> "Colormap":
+    """Returns colours to lay over an image, whose low end lets it show through."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # From nothing at all, soon to orange, to a strong red.
+    stops = [
+        (0.0, (1.0, 0.7, 0.0, 0.0)),
+        (0.3, (1.0, 0.6, 0.0, 0.6)),
+        (1.0, (0.85, 0.1, 0.0, 0.9)),
+    ]
+    return LinearSegmentedColormap.from_list("highlight", stops)
+
+
+def panels(
+    figure: "FigureBase", count: int, columns: int, **options: Any
+) -> list["Axes"]:
+    """Returns `count` axes in rows of `columns`."""
+    rows = -(-count // columns)
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return list(grid.flat[:count])
+
+
+def colour_bar(figure: "FigureBase", picture: Any, all_axes: list["Axes"]) -> None:
+    """Says what the colours mean, once for all panels."""
+    figure.colorbar(
+        picture, ax=all_axes, label="attention weight", aspect=30, pad=0.015
+    )
+
+
+def patch(label: str, **style: Any) -> "Patch":
+    """Returns an entry for a legend."""
+    from matplotlib.patches import Patch
+
+    return Patch(label=label, **style)
+
+
+def legend(figure: "FigureBase", entries: list["Patch"], columns: int = 1) -> None:
+    """Puts a legend at the figure's lower edge."""
+    # Without such an engine "outside" is not known.
+    arranged = figure.get_layout_engine() is not None
+    where = "outside lower center" if arranged else "lower center"
+    figure.legend(
+        handles=entries, loc=where, ncols=columns, frameon=False, fontsize="small"
+    )
