@@ -1,6 +1,6 @@
 """Each mistake shows its symptom under this backend, and what is right does not.
 
-The notebook trains nothing, so the kept one and the run show the same.
+No training is cut short here, so the kept notebook and the run show the same.
 """
 
 import re
