@@ -18,7 +18,7 @@ $(error unknown BACKEND "$(BACKEND)": choose from $(BACKENDS), or leave it out f
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark test test-oldest lint format clean
+.PHONY: help demo benchmark docs test test-oldest lint format clean
 
 help:
 	@echo "make demo                  train the example and compare the three backends"
@@ -28,6 +28,7 @@ help:
 	@echo "make test-oldest           the suite under the oldest Keras supported ($(KERAS))"
 	@echo "make test-oldest KERAS=V   the suite under another version of Keras"
 	@echo "make benchmark             measure beside the peers, write the README's figures"
+	@echo "make docs                  build the documentation site into site/"
 	@echo "make lint                  ruff: the rules and the format"
 	@echo "make format                ruff: apply the format and the safe fixes"
 	@echo "make clean                 remove the environments and what the tools left"
@@ -37,6 +38,10 @@ demo: $(VENV)/demo.stamp
 
 benchmark: $(VENV)/benchmark.stamp
 	$(VENV)/bin/python -m benchmarks
+
+# The variable keeps the theme from advertising another generator on every build.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python scripts/run_tests.py $(BACKEND) --pytest='$(ARGS)'
@@ -53,7 +58,7 @@ format: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis .jax_cache
+	rm -rf $(VENV) $(OLDEST) build dist site .pytest_cache .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and by its pin: left to a resolver it may come with gigabytes of CUDA.
@@ -65,11 +70,15 @@ $(VENV)/demo.stamp: pyproject.toml requirements/constraints.txt
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[test,peers]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[test,peers,docs]"
 	@touch $@
 
 $(VENV)/benchmark.stamp: $(VENV)/demo.stamp
 	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[benchmark]"
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(VENV)/bin/python $(PIP_INSTALL) -c requirements/constraints.txt -e ".[docs]"
 	@touch $@
 
 $(OLDEST)/keras-$(KERAS).stamp: pyproject.toml requirements/constraints-oldest.txt

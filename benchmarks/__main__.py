@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import draw, readme, results
+from benchmarks import chinese, draw, readme, results
 from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, Case, cases, memory_cases
 from benchmarks.contestants import decoding
 from keras_mha import info
@@ -50,6 +50,7 @@ def main() -> None:
         raise SystemExit("nothing has been measured yet: leave out --no-measuring")
     draw.all_pictures(kept, ROOT / "docs" / "benchmarks")
     readme.write(kept, ROOT / "README.md")
+    readme.write(kept, ROOT / "README.zh-CN.md", chinese.translated)
 
 
 def _parts(names: list[str], only: str | None) -> tuple[str, ...]:

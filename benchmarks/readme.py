@@ -1,6 +1,7 @@
 """Writes the README's figures from what was measured, between two marks."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.cases import (
@@ -23,14 +24,16 @@ END = "<!-- benchmarks: end -->"
 NONE = "–"
 
 
-def write(results: list[Results], readme: Path) -> None:
+def write(
+    results: list[Results], readme: Path, translate: Callable[[str], str] = str
+) -> None:
     """Puts the tables between the marks; raises if the marks are not there."""
-    text = readme.read_text()
+    text = readme.read_text("utf-8")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"{readme.name} has no marks {BEGIN} ... {END}")
-    block = f"{BEGIN}\n{section(results)}\n{END}"
-    readme.write_text(pattern.sub(lambda _: block, text))
+    block = f"{BEGIN}\n{translate(section(results))}\n{END}"
+    readme.write_text(pattern.sub(lambda _: block, text), "utf-8")
 
 
 def section(results: list[Results]) -> str:

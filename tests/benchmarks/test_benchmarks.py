@@ -1,15 +1,17 @@
 """The benchmarks run, and the README's figures are the ones that were measured."""
 
+import re
 from pathlib import Path
 
 import keras
 import pytest
 
-from benchmarks import cases, contestants, draw, readme, results
+from benchmarks import cases, chinese, contestants, draw, readme, results
 from benchmarks.cases import Case
 
 BACKEND = keras.backend.backend()
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
 
 
 @pytest.mark.parametrize("kind", cases.KINDS)
@@ -40,6 +42,14 @@ def test_the_readme_holds_what_was_measured():
     kept = results.load()
     assert {found.backend for found in kept} == {"tensorflow", "jax", "torch"}
     assert readme.section(kept) in README.read_text()
+
+
+def test_the_chinese_readme_holds_the_same_in_chinese():
+    text = chinese.translated(readme.section(results.load()))
+    assert text in (ROOT / "README.zh-CN.md").read_text("utf-8")
+    names = r"`.*?`|\(.*?\)|\b(GiB|MiB|TensorFlow|JAX|PyTorch|Keras|KerasHub|XLA)\b"
+    words = re.findall(r"[a-z]{4,}", re.sub(names, "", text.rsplit("\n", 1)[0]))
+    assert set(words) == {"dropout", "sliding"}  # all else is translated
 
 
 def test_every_case_is_kept():
