@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_mha import _checks
-from keras_mha._keras import Tensor, all_layers, losses_kept
+from keras_mha._keras import Tensor, all_layers, dtype_name, losses_kept
 from keras_mha.kernels import backends, reference
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.layers import recording
@@ -154,11 +154,15 @@ class _Watcher:
         chosen = _indices("heads", self._heads, heads, where)
         wanted = _indices("query_rows", self._query_rows, rows, where)
         most = max(_AT_ONCE // max(batch * heads * columns, 1), 1)
-        parts = [np.zeros((batch, len(chosen), 0, columns), "float32")]
+        dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
+        weights = np.empty((batch, len(chosen), len(wanted), columns), dtype)
+        done = 0
         for start, count in _runs(wanted, most):
             part = reference.attention_weights(call, Tile(start, count, 0, columns))
-            parts.append(np.asarray(keras.ops.convert_to_numpy(part))[:, chosen])
-        return np.concatenate(parts, axis=2)
+            part = keras.ops.convert_to_numpy(part)
+            weights[:, :, done : done + count] = part[:, chosen]
+            done += count
+        return weights
 
     def maps_or_raise(self, model: keras.layers.Layer) -> dict[str, np.ndarray]:
         """Returns the maps, or raises what kept them from being seen."""

@@ -42,6 +42,15 @@ def pages_missing(site):
     return {name for name in names if not {name, name.split(".")[-1]} & pages}
 
 
+def notebooks_missing(site):
+    made = {page.stem for page in (site / "notebooks").glob("*.html")}
+    return {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - made
+
+
+def pictures_drawn(page):
+    return page.read_text("utf-8").count('class="drawn"')
+
+
 class Page(HTMLParser):
     """The anchors of a page, what its links point to, and what it loads by itself."""
 
@@ -113,6 +122,8 @@ def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
     assert result.returncode == 0, result.stderr
     assert len(list(site.rglob("*.html"))) > 30
     assert not pages_missing(site)
+    assert not notebooks_missing(site)
+    assert pictures_drawn(site / "masks.html") >= 7
     assert not broken_links(site)
     assert not loaded_from_the_network(site)
 

@@ -52,11 +52,11 @@ def plot_attention(
         heads: The heads to draw, in this order: an int or several. Negative numbers
             count from the last one. Defaults to all.
         mask: Who may attend, where `True` means may: a `keras_mha.masks.Mask`, or
-            booleans that broadcast to the scores (three axes are `(B, T, S)` beside
-            scores with a batch, and `(N, T, S)` otherwise). By default a cell counts as
-            masked where its weight is exactly 0. (The softmax gives no such weight to
-            what may be attended to, unless it rounds a tiny one to 0; tell those apart
-            by giving the mask.)
+            booleans of two axes or more that broadcast to the scores. (Three axes are
+            `(B, T, S)` beside scores with a batch, and `(N, T, S)` beside others.) By
+            default a cell counts as masked where its weight is exactly 0. The softmax
+            gives no such weight to what may be attended to, unless it rounds a tiny one
+            to 0, as in float16; give the mask to tell those apart.
         sample: Which row of the batch to draw, of scores and mask.
         title: What to write above.
         columns: How many maps stand in a row.
@@ -129,10 +129,12 @@ def _draw(
     height, width = _map_size(rows, keys, count)
     fonts = text.font_options([*(labels[0] or []), *(labels[1] or []), title or ""])
     ticks = _ticks(labels[0], height / rows), _ticks(labels[1], width / keys)
+    any_masked = bool(maps.mask.any())
+    edges = 0.3 + 0.35 * bool(title) + 0.3 * any_masked
     figure = style.figure_of_size(
         figure,
-        columns * (width + 0.15) + ticks[0].longest + 1.2,
-        -(-count // columns) * (height + 0.35) + ticks[1].longest + 0.9,
+        columns * (width + 0.15) + ticks[0].longest + 1.25,
+        -(-count // columns) * (height + 0.35) + ticks[1].longest + edges,
     )
     low, high = min(float(maps.min() or 0), 0), float(maps.max() or 0)
     all_axes = style.panels(figure, count, columns)
@@ -145,7 +147,7 @@ def _draw(
     style.colour_bar(figure, picture, all_axes)
     if title:
         figure.suptitle(title, **fonts)
-    if maps.mask.any():
+    if any_masked:
         style.legend(figure, [style.patch("masked", **style.MASKED)])
     return figure
 
@@ -212,15 +214,15 @@ def _label_axis(
     axis: Any, name: str, ticks: _Ticks, shown: bool, fonts: dict[str, Any]
 ) -> None:
     """Names an axis and writes its ticks, where they are `shown`."""
-    axis.set_tick_params(length=2, labelsize=ticks.size)
+    axis.set_tick_params(
+        length=2, labelsize=ticks.size, labelleft=shown, labelbottom=shown
+    )
     if shown:
         axis.set_label_text(name)
     if ticks.places is None:
         axis.get_major_locator().set_params(integer=True)
-        axis.set_tick_params(labelleft=shown, labelbottom=shown)
-        return
-    labels = ticks.labels if shown else [""] * len(ticks.labels)
-    turned = axis.axis_name == "x" and not ticks.upright
-    axis.set_ticks(
-        ticks.places, labels, fontsize=ticks.size, rotation=90 * turned, **fonts
-    )
+    elif shown:
+        turned = axis.axis_name == "x" and not ticks.upright
+        axis.set_ticks(ticks.places, ticks.labels, rotation=90 * turned, **fonts)
+    else:
+        axis.set_ticks(ticks.places)

@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import keras
 import numpy as np
 
 from keras_mha import _checks
 from keras_mha._keras import Tensor
 from keras_mha.plotting import style, text
 from keras_mha.plotting.scores import (
+    as_numpy,
     chosen_heads,
     index_in,
     one_sample,
@@ -104,7 +104,7 @@ def plot_heads_over_image(
 
 def _frames(image: Tensor, grid: Any) -> tuple[np.ndarray, bool]:
     """Returns `(F, H, W, C)` with numbers from 0 to 1, and whether they are frames."""
-    pixels = keras.ops.convert_to_numpy(image)
+    pixels = as_numpy("image", image)
     shape = pixels.shape
     channels = bool(shape) and shape[-1] in (1, 3, 4)
     if grid is not None and hasattr(grid, "__len__"):
@@ -126,9 +126,7 @@ def _frames(image: Tensor, grid: Any) -> tuple[np.ndarray, bool]:
 
 
 def _from_0_to_1(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype == np.uint8:
-        return pixels / np.float32(255)
-    whole = np.issubdtype(pixels.dtype, np.integer)
+    whole = pixels.dtype.kind in "iu"
     pixels = pixels.astype("float32")
     if not np.isfinite(pixels).all():
         raise ValueError("`image` must be finite. Received: NaN or infinite numbers")

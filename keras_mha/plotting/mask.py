@@ -85,6 +85,7 @@ def plot_mask(
     columns = rows
     if key_length is not None:
         columns = _checks.positive_integer("key_length", key_length)
+    sample, head = _checks.integer("sample", sample), _checks.integer("head", head)
     mask.check((None, None, rows, columns))
     pieces = _pieces(tile, rows, columns)
     kinds = tile_kinds(mask, *pieces)

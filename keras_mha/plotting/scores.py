@@ -11,6 +11,21 @@ from keras_mha._keras import Tensor, is_symbolic
 from keras_mha.masks import Mask, Tile
 
 
+def as_numpy(name: str, value: Tensor) -> np.ndarray:
+    """Returns an array or tensor of numbers as NumPy; half types become float32."""
+    try:
+        if value is None:  # which some backends take for a NaN
+            raise TypeError("no array")
+        array = keras.ops.convert_to_numpy(value)
+        numbers = array if array.dtype.kind in "biu" else array.astype("float32")
+    except Exception as error:  # each backend raises errors of its own kind
+        raise TypeError(
+            f"`{name}` must be an array or a tensor of numbers. "
+            f"Received: {name} of type {type(value).__name__}"
+        ) from error
+    return numbers
+
+
 def scores_array(scores: Tensor) -> np.ndarray:
     """Returns scores as float32 NumPy, or raises if they are not such."""
     if is_symbolic(scores):
@@ -19,15 +34,13 @@ def scores_array(scores: Tensor) -> np.ndarray:
             "`keras_mha.attention_maps` gets them out of a model. "
             f"Received: scores={scores!r}"
         )
-    if not hasattr(scores, "shape"):
-        scores = np.asarray(scores)
-    shape = tuple(scores.shape)
+    array = as_numpy("scores", scores).astype("float32")
+    shape = array.shape
     if len(shape) not in (2, 3, 4) or 0 in shape:
         raise ValueError(
             "`scores` must have the shape (T, S), (N, T, S) or (B, N, T, S), and no "
             f"axis of length 0. Received: scores of shape {shape}"
         )
-    array = keras.ops.convert_to_numpy(scores).astype("float32")
     if not np.isfinite(array).all():
         raise ValueError(
             "`scores` must be finite: attention weights are. Received: "
@@ -52,7 +65,7 @@ def chosen_heads(heads: int | Sequence[int] | None, count: int) -> list[int]:
     """Returns the numbers of the heads to draw."""
     if heads is None:
         return list(range(count))
-    several = [heads] if hasattr(heads, "__index__") else list(heads)
+    several = [heads] if np.ndim(heads) == 0 else list(heads)
     if not several:
         raise ValueError(
             "`heads` must name at least one head, or be None for all. "
@@ -88,9 +101,10 @@ def allowed_pairs(mask: Mask, tile: Tile, sample: int, head: int) -> np.ndarray:
         Booleans, shape `(rows, columns)`.
     """
     batch, heads = batch_and_heads(mask)
-    sample = index_in("sample", sample, batch, "rows in the batch") if batch > 1 else 0
-    head = index_in("head", head, heads, "heads") if heads > 1 else 0
+    if heads > 1:
+        head = index_in("head", head, heads, "heads")
     if batch > 1:
+        sample = index_in("sample", sample, batch, "rows in the batch")
         tile = tile._replace(batch=sample)
     values = keras.ops.convert_to_numpy(keras.ops.cast(mask.block(tile), "bool"))
     values = values[(None,) * (4 - values.ndim)]

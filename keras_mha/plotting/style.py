@@ -1,6 +1,5 @@
 """What the pictures have in common: figures, colours and legends."""
 
-import io
 from typing import TYPE_CHECKING, Any
 
 from keras_mha.info import require
@@ -8,7 +7,7 @@ from keras_mha.info import require
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import FigureBase
     from matplotlib.patches import Patch
 
 # What nobody may attend to: no colour of the scale looks like it, 0 least of all.
@@ -32,27 +31,13 @@ def figure_of_size(
 ) -> "FigureBase":
     """Returns the given figure, arranged by matplotlib, or a new one of this size."""
     if figure is None:
-        return _new_figure(width, height)
+        from keras_mha.plotting.notebook_figure import NotebookFigure
+
+        return NotebookFigure(figsize=(width, height), layout="compressed")
     # A part of a figure is arranged with the whole, which is its owner's business.
     if hasattr(figure, "set_layout_engine") and figure.get_layout_engine() is None:
         figure.set_layout_engine("compressed")
     return figure
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    class NotebookFigure(Figure):
-        """A figure that a notebook shows although pyplot knows nothing of it."""
-
-        def _repr_png_(self) -> bytes:
-            # IPython asks for this only where pyplot has not told it how to show
-            # figures of every kind: it is never shown twice.
-            picture = io.BytesIO()
-            self.savefig(picture, format="png")
-            return picture.getvalue()
-
-    return NotebookFigure(figsize=(width, height), layout="compressed")
 
 
 def highlight() -> "Colormap":
@@ -81,8 +66,15 @@ def panels(
 
 def colour_bar(figure: "FigureBase", picture: Any, all_axes: list["Axes"]) -> None:
     """Says what the colours mean, once for all panels."""
+    from matplotlib.ticker import MaxNLocator
+
     figure.colorbar(
-        picture, ax=all_axes, label="attention weight", aspect=30, pad=0.015
+        picture,
+        ax=all_axes,
+        label="attention weight",
+        ticks=MaxNLocator(5, steps=[1, 2, 5, 10]),
+        aspect=30,
+        pad=0.015,
     )
 
 

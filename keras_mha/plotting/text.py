@@ -3,12 +3,12 @@
 import contextlib
 import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 LONGEST = 14  # characters of a label
-# Not even with nothing: $ and _ in a token are themselves, no formula.
+# `$` and `_` in a token are themselves, no formula.
 PLAIN = {"parse_math": False, "usetex": False}
 # It has a box with the script's name in it for every character there is.
 LAST_RESORT = "Last Resort High-Efficiency"
@@ -18,8 +18,13 @@ def labels(name: str, tokens: Iterable[Any] | None, length: int) -> list[str] | 
     """Returns what is written at the ticks, or `None` for the positions' numbers."""
     if tokens is None:
         return None
-    if hasattr(tokens, "numpy") and not isinstance(tokens, Sequence):
+    if hasattr(tokens, "numpy"):  # a tensor, whose items would be tensors too
         tokens = tokens.numpy()
+    if not isinstance(tokens, Iterable):
+        raise TypeError(
+            f"`{name}` must be a sequence of tokens. "
+            f"Received: {name}={tokens!r} (of type {type(tokens).__name__})"
+        )
     tokens = list(tokens)
     if len(tokens) != length:
         axis = "queries" if name == "query_tokens" else "keys"

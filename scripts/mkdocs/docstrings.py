@@ -10,7 +10,28 @@ SECTION = re.compile(r"^(\w[\w ]*):\n", re.MULTILINE)
 
 
 class KerasDocstrings(griffe.Extension):
-    """Rewrites the sections that Google's style has not, or has otherwise."""
+    """Rewrites the sections that Google's style has not, or has otherwise.
+
+    Masks and named tuples also get the constructor that Python makes of their fields:
+    griffe knows it of what is decorated with `dataclass` by this name only.
+    """
+
+    def on_class(self, *, cls: griffe.Class, **kwargs) -> None:
+        fields = [
+            griffe.Parameter(
+                name,
+                annotation=field.annotation,
+                kind=griffe.ParameterKind.positional_or_keyword,
+                default=field.value,
+            )
+            for name, field in cls.attributes.items()
+            if field.annotation is not None and "property" not in field.labels
+        ]
+        if fields and "__init__" not in cls.members:
+            parameters = griffe.Parameters(griffe.Parameter("self"), *fields)
+            cls.set_member(
+                "__init__", griffe.Function("__init__", parameters=parameters)
+            )
 
     def on_object(self, *, obj: griffe.Object, **kwargs) -> None:
         if obj.docstring is not None:
