@@ -23,7 +23,9 @@ class AttentionRecorder(keras.callbacks.Callback):
 
         directory/path/of/layer/sample_0_epoch_0003.png
 
-    where 3 epochs of training have been done. Training itself is not changed.
+    where 3 epochs of training have been done. Training itself is not changed. (Of a
+    layer with `attention_axes`, which attends several times within a sample, the files
+    are `sample_0_part_0_epoch_0003.png` and so on.)
 
     Args:
         samples: A few samples, as the model is called with them: an array, or a list or
@@ -34,10 +36,11 @@ class AttentionRecorder(keras.callbacks.Callback):
         heads: Which heads, as for `attention_maps`. Defaults to all.
         query_rows: Which queries, as for `attention_maps`. Defaults to all.
         every: Record after every so many epochs.
-        query_tokens: For each sample the texts of its queries. Defaults to their
-            numbers.
-        key_tokens: For each sample the texts of its keys. Defaults to their numbers; in
-            self-attention give it as well as `query_tokens`.
+        query_tokens: For each sample the texts of all its queries, for the layers that
+            have as many. Defaults to their numbers.
+        key_tokens: For each sample the texts of its keys, for the layers that have as
+            many. Defaults to their numbers; in self-attention give it as well as
+            `query_tokens`.
         log_dir: A folder for TensorBoard, which then shows the pictures under "Images".
             Needs tensorboard. Defaults to none.
 
@@ -74,14 +77,16 @@ class AttentionRecorder(keras.callbacks.Callback):
         self.samples = samples
         self.directory = Path(directory)
         self.every = _checks.positive_integer("every", every)
-        count = len(keras.tree.flatten(samples)[0])
-        self.query_tokens = _checked_tokens("query_tokens", query_tokens, count)
-        self.key_tokens = _checked_tokens("key_tokens", key_tokens, count)
+        self._count = _sample_count(samples)
+        self.query_tokens = _checked_tokens("query_tokens", query_tokens, self._count)
+        self.key_tokens = _checked_tokens("key_tokens", key_tokens, self._count)
         self.log_dir = None if log_dir is None else Path(log_dir)
         if log_dir is not None:
             needed = {"tensorboard": "tensorboard"}
             require("AttentionRecorder with `log_dir`", needed, "tensorboard")
-        self._wishes = {"layers": layers, "heads": heads, "query_rows": query_rows}
+        self.heads = heads
+        self._query_rows = None if query_rows is None else np.atleast_1d(query_rows)
+        self._wishes = {"layers": layers, "query_rows": query_rows}
         self._writer = None
         self._is_new = True
 
@@ -110,20 +115,25 @@ class AttentionRecorder(keras.callbacks.Callback):
         """
         maps = attention_maps(self.model, self.samples, **self._wishes)
         for path, scores in maps.items():
-            for sample in range(len(scores)):
-                self._draw(path, scores, sample, epoch)
+            for row in range(len(scores)):
+                self._draw(path, scores, row, epoch)
         if self._writer is not None:
             self._writer.flush()
 
-    def _draw(self, path: str, scores: np.ndarray, sample: int, epoch: int) -> None:
+    def _draw(self, path: str, scores: np.ndarray, row: int, epoch: int) -> None:
         from keras_mha.plotting import plot_attention
 
+        sample, part = divmod(row, len(scores) // self._count)
+        name = f"sample_{sample}"
+        if len(scores) > self._count:
+            name += f"_part_{part}"
         figure = plot_attention(
             scores,
-            _tokens_of(self.query_tokens, sample, len(scores)),
-            _tokens_of(self.key_tokens, sample, len(scores)),
-            sample=sample,
-            title=f"{path}, sample {sample}, after {epoch} epochs",
+            self._query_labels(sample, scores.shape[2]),
+            _fitting(self.key_tokens, sample, scores.shape[3]),
+            self.heads,
+            sample=row,
+            title=f"{path}, {name.replace('_', ' ')}, after {epoch} epochs",
         )
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
@@ -131,10 +141,17 @@ class AttentionRecorder(keras.callbacks.Callback):
         folders = [re.sub(r'[<>:"\\|?*]', "_", part) for part in path.split("/")]
         folder = self.directory.joinpath(*folders)
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"sample_{sample}_epoch_{epoch:04}.png"
+        file = folder / f"{name}_epoch_{epoch:04}.png"
         file.write_bytes(picture.getvalue())
         if self.log_dir is not None:
-            self._log(f"{path}/sample_{sample}", epoch, picture.getvalue(), figure)
+            self._log(f"{path}/{name}", epoch, picture.getvalue(), figure)
+
+    def _query_labels(self, sample: int, length: int) -> list[str] | None:
+        if self._query_rows is None:
+            return _fitting(self.query_tokens, sample, length)
+        if self.query_tokens is None:
+            return [str(row) for row in self._query_rows]
+        return [self.query_tokens[sample][row] for row in self._query_rows]
 
     def _log(self, tag: str, epoch: int, picture: bytes, figure: Any) -> None:
         """Writes a picture to TensorBoard's logs."""
@@ -152,19 +169,34 @@ class AttentionRecorder(keras.callbacks.Callback):
         self._writer.add_event(Event(step=epoch, summary=Summary(value=[value])))
 
 
+def _sample_count(samples: Any) -> int:
+    arrays = keras.tree.flatten(samples)
+    if not arrays or not all(np.ndim(x) or hasattr(x, "shape") for x in arrays):
+        raise TypeError(
+            "`samples` must be an array, or a list or dictionary of arrays. "
+            f"Received: samples={samples!r}"
+        )
+    return len(arrays[0])
+
+
 def _checked_tokens(name: str, tokens: Any, count: int) -> list[list[str]] | None:
     if tokens is None:
         return None
-    tokens = [list(each) for each in tokens]
+    if not isinstance(tokens, Sequence | np.ndarray) or isinstance(tokens, str):
+        raise TypeError(
+            f"`{name}` must be a sequence of texts for each sample. "
+            f"Received: {name}={tokens!r}"
+        )
     if len(tokens) != count:
         raise ValueError(
             f"`{name}` must be given for each of the {count} samples. "
             f"Received: {name} for {len(tokens)}"
         )
-    return tokens
+    return [list(each) for each in tokens]
 
 
-def _tokens_of(tokens: list[list[str]] | None, row: int, rows: int) -> list | None:
-    """Returns the texts for a row of a layer's batch, which may hold several rows of
-    each sample."""
-    return None if tokens is None else tokens[row * len(tokens) // rows]
+def _fitting(tokens: list | None, sample: int, length: int) -> list[str] | None:
+    """Returns a sample's texts for an axis of this length, if there are as many."""
+    if tokens is None or len(tokens[sample]) != length:
+        return None
+    return tokens[sample]

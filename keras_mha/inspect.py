@@ -9,7 +9,13 @@ import keras
 import numpy as np
 
 from keras_mha import _checks
-from keras_mha._keras import Tensor, all_layers, dtype_name, losses_kept
+from keras_mha._keras import (
+    Tensor,
+    all_layers,
+    dtype_name,
+    is_symbolic,
+    losses_kept,
+)
 from keras_mha.kernels import backends, reference
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.layers import recording
@@ -19,6 +25,9 @@ from keras_mha.ops.dot_product_attention import checked_call
 
 # How many scores are worked out at a time: 64 MiB of them in float32.
 _AT_ONCE = 2**24
+
+# Rows so near are worked out with those between them: a call more takes longer.
+_NEAR = 8
 
 
 def attention_maps(
@@ -56,8 +65,9 @@ def attention_maps(
     Returns:
         A dictionary from each layer's path to its attention weights after softmax,
         before dropout, in the order of the calls: NumPy arrays of shape
-        `(B, heads, query rows, S)`, float32 (float64 of layers in float64). A layer's
-        second call is found under `"path#2"`, its third under `"path#3"`. Of a layer
+        `(B, heads, query rows, S)`, float32 (float64 of layers in float64). A second
+        call under the same path, of a layer called twice or of another one, is found
+        under `"path#2"`, a third under `"path#3"`. Of a layer
         with `attention_axes`, the axes attended over are one, in row-major order, and
         the others are part of the batch. With a cache there is a column for each of
         its slots.
@@ -87,18 +97,28 @@ def attention_maps(
             "`model` must be a Keras model or layer. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
+    if any(is_symbolic(x) for x in keras.tree.flatten(inputs)):
+        raise TypeError(
+            "`inputs` must be numbers, not placeholders such as keras.Input. "
+            f"Received: inputs={inputs!r}"
+        )
     wishes = (
         _checked_layers(layers),
         _checked_numbers("heads", heads),
         _checked_numbers("query_rows", query_rows),
     )
     call_arguments = {"training": False, **call_arguments}
-    before = len(model.weights)
+    was_built, before = _is_built(model), len(model.weights)
     found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
-    if len(model.weights) != before:
-        # Weights that are only just being made have no lasting numbers in this call.
+    if not was_built or len(model.weights) != before:
+        # Keras ran it with placeholders, to build it, and weights that are only just
+        # being made have no lasting numbers in this call.
         found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
     return found.maps_or_raise(model)
+
+
+def _is_built(model: keras.layers.Layer) -> bool:
+    return all(layer.built for layer in all_layers(model))
 
 
 def _watched_call(model, inputs, arguments, watcher) -> "_Watcher":
@@ -129,10 +149,10 @@ class _Watcher:
 
     def __call__(self, layer, query, key, value, **arguments):
         self._paths.append(layer.path)
-        if self._error is not None or not self._is_wanted(layer):
-            return
         calls = self._paths.count(layer.path)
         name = layer.path if calls == 1 else f"{layer.path}#{calls}"
+        if self._error is not None or not self._is_wanted(layer, name):
+            return
         if not _has_numbers(query):
             self._unseen.append(name)
             return
@@ -142,10 +162,10 @@ class _Watcher:
         except Exception as error:
             self._error = error
 
-    def _is_wanted(self, layer: MultiHeadAttention) -> bool:
+    def _is_wanted(self, layer: MultiHeadAttention, name: str) -> bool:
         if self._layers is None:
             return True
-        matching = [wish for wish in self._layers if _matches(wish, layer)]
+        matching = [wish for wish in self._layers if _matches(wish, layer, name)]
         self._unmatched = [x for x in self._unmatched if x not in matching]
         return bool(matching)
 
@@ -157,11 +177,12 @@ class _Watcher:
         dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
         weights = np.empty((batch, len(chosen), len(wanted), columns), dtype)
         done = 0
-        for start, count in _runs(wanted, most):
-            part = reference.attention_weights(call, Tile(start, count, 0, columns))
-            part = keras.ops.convert_to_numpy(part)
-            weights[:, :, done : done + count] = part[:, chosen]
-            done += count
+        for rows in _runs(wanted, most):
+            tile = Tile(rows[0], rows[-1] - rows[0] + 1, 0, columns)
+            part = reference.attention_weights(call, tile)
+            part = keras.ops.convert_to_numpy(part)[:, chosen]
+            weights[:, :, done : done + len(rows)] = part[:, :, rows - rows[0]]
+            done += len(rows)
         return weights
 
     def maps_or_raise(self, model: keras.layers.Layer) -> dict[str, np.ndarray]:
@@ -196,7 +217,7 @@ class _Watcher:
             for layer in all_layers(model)
             if isinstance(layer, MultiHeadAttention)
             and layer.path not in self._paths
-            and self._is_wanted(layer)
+            and self._is_wanted(layer, layer.path)
         ]
         if missed:
             warnings.warn(
@@ -234,15 +255,16 @@ def _checked_layers(layers: Any) -> list[str | MultiHeadAttention] | None:
 def _checked_numbers(name: str, numbers: Any) -> list[int] | None:
     if numbers is None:
         return None
-    if not isinstance(numbers, Iterable):
+    if np.ndim(numbers) == 0:
         numbers = [numbers]
     return [_checks.integer(name, number) for number in numbers]
 
 
-def _matches(wish: str | MultiHeadAttention, layer: MultiHeadAttention) -> bool:
+def _matches(wish: Any, layer: MultiHeadAttention, name: str) -> bool:
     if not isinstance(wish, str):
         return wish is layer
-    return wish in (layer.name, layer.path) or fnmatch.fnmatchcase(layer.path, wish)
+    same = wish in (layer.name, layer.path, name)
+    return same or fnmatch.fnmatchcase(layer.path, wish)
 
 
 def _listed(names: Iterable[Any]) -> str:
@@ -261,11 +283,11 @@ def _indices(name: str, wanted: list[int] | None, length: int, where: str) -> li
     return [number % length for number in wanted]
 
 
-def _runs(rows: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """Yields `(first, count)` of neighbouring rows, at most so many at once."""
+def _runs(rows: list[int], most: int) -> Iterator[np.ndarray]:
+    """Yields rows that follow closely on each other, to be worked out together."""
     start = 0
     for end in range(1, len(rows) + 1):
-        follows = end < len(rows) and rows[end] == rows[end - 1] + 1
-        if not follows or end - start == most:
-            yield rows[start], end - start
+        follows = end < len(rows) and rows[end - 1] < rows[end] <= rows[end - 1] + _NEAR
+        if not follows or rows[end] - rows[start] >= most:
+            yield np.array(rows[start:end])
             start = end

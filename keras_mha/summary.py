@@ -76,6 +76,7 @@ class AttentionSummary:
 def attention_summary(
     scores: Tensor | Mapping[str, Tensor],
     *,
+    heads: int | Sequence[int] | None = None,
     query_rows: int | Sequence[int] | None = None,
 ) -> AttentionSummary:
     """Says of each head how spread out its attention is, how far it goes, and where to.
@@ -87,8 +88,11 @@ def attention_summary(
     Args:
         scores: Attention weights of shape `(T, S)`, `(N, T, S)` or `(B, N, T, S)`, or
             what `keras_mha.attention_maps` returned.
+        heads: Which heads they are, if they are not all: what `attention_maps` was
+            given. Defaults to 0, 1 ... N - 1.
         query_rows: Where the queries stand, if they are not all: what `attention_maps`
-            was given, without negative numbers. Defaults to 0, 1 ... T - 1.
+            was given, without negative numbers. Defaults to 0, 1 ... T - 1. (Calls with
+            a cache start later: give their rows, a call at a time.)
 
     Returns:
         The numbers, as arrays with a place for each head; `.table()` shows them. A head
@@ -96,8 +100,8 @@ def attention_summary(
 
     Raises:
         TypeError: If the scores are no numbers.
-        ValueError: If the scores are no attention weights, or `query_rows` are not as
-            many as there are.
+        ValueError: If the scores are no attention weights, or `heads` or `query_rows`
+            are not as many as there are.
 
     Example:
 
@@ -107,16 +111,16 @@ def attention_summary(
     array([0.52, 0.52])
     """
     maps = scores if isinstance(scores, Mapping) else {"": scores}
-    layers, heads, numbers = [], [], []
+    layers, names, numbers = [], [], []
     for layer, weights in maps.items():
         weights = _checked_scores(weights)
-        rows = _positions(query_rows, weights.shape[2])
+        names.extend(_given("heads", heads, weights.shape[1]))
+        rows = _given("query_rows", query_rows, weights.shape[2], minimum=0)
         for head in range(weights.shape[1]):
             layers.append(layer)
-            heads.append(head)
             numbers.append(_numbers(weights[:, head], rows))
     columns = np.array(numbers, "float64").reshape(-1, 4).T
-    return AttentionSummary(np.array(layers, str), np.array(heads, "int64"), *columns)
+    return AttentionSummary(np.array(layers, str), np.array(names, "int64"), *columns)
 
 
 def _numbers(weights: np.ndarray, rows: np.ndarray) -> tuple[float, ...]:
@@ -156,23 +160,26 @@ def _checked_scores(scores: Tensor) -> np.ndarray:
             "`scores` must have the shape (T, S), (N, T, S) or (B, N, T, S). "
             f"Received: scores of shape {weights.shape}"
         )
-    if not (weights >= 0).all():
+    if not (np.isfinite(weights) & (weights >= 0)).all():
         raise ValueError(
-            "`scores` must be attention weights, after softmax: not below 0. "
+            "`scores` must be attention weights, after softmax: finite, none below 0. "
             f"Received: scores from {weights.min():.3g} to {weights.max():.3g}"
         )
     return weights.reshape((1,) * (4 - weights.ndim) + weights.shape)
 
 
-def _positions(query_rows: Any, length: int) -> np.ndarray:
-    if query_rows is None:
+def _given(
+    name: str, numbers: Any, length: int, minimum: int | None = None
+) -> np.ndarray:
+    """Returns the numbers of heads or rows; those of all by default."""
+    if numbers is None:
         return np.arange(length)
-    if np.ndim(query_rows) == 0:
-        query_rows = [query_rows]
-    rows = [_checks.integer("query_rows", row, minimum=0) for row in query_rows]
-    if len(rows) != length:
+    if np.ndim(numbers) == 0:
+        numbers = [numbers]
+    numbers = [_checks.integer(name, number, minimum) for number in numbers]
+    if len(numbers) != length:
         raise ValueError(
-            f"`query_rows` must be as many as the scores have rows, {length}. "
-            f"Received: {len(rows)} of them"
+            f"`{name}` must be as many as the scores have, {length}. "
+            f"Received: {len(numbers)} of them"
         )
-    return np.array(rows)
+    return np.array(numbers)

@@ -5,6 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from PIL import Image
 
 import keras_mha
 from keras_mha import AttentionRecorder
@@ -89,49 +90,95 @@ def test_training_is_what_it_would_have_been(tmp_path):
         np.testing.assert_array_equal(to_numpy(x), to_numpy(y))
 
 
-def test_tokens_and_titles(tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def drawn(monkeypatch):
+    """What each picture was drawn of, in order."""
     from keras_mha import plotting
 
-    plot = plotting.plot_attention
+    calls, plot = [], plotting.plot_attention
 
-    def watched(scores, query_tokens, key_tokens, **options):
-        calls.append((query_tokens, key_tokens, options["title"]))
-        return plot(scores, query_tokens, key_tokens, **options)
+    def watched(scores, query_tokens, key_tokens, heads, **options):
+        calls.append((scores, query_tokens, key_tokens, heads, options))
+        return plot(scores, query_tokens, key_tokens, heads, **options)
 
     monkeypatch.setattr(plotting, "plot_attention", watched)
-    tokens = ["abcde", ["v", "w", "x", "y", "z"]]
+    return calls
+
+
+QUERIES, KEYS = ["abcde", ["v", "w", "x", "y", "z"]], ["ABCDE", "VWXYZ"]
+
+
+def test_each_picture_is_of_its_sample_with_its_tokens(tmp_path, drawn):
     fit(
         model(),
         AttentionRecorder(
-            X[:2], tmp_path, layers="first", query_tokens=tokens, key_tokens=tokens
+            X[:2], tmp_path, layers="first", query_tokens=QUERIES, key_tokens=KEYS
         ),
         epochs=1,
     )
-    assert calls[0] == (list("abcde"), list("abcde"), calls[0][2])
-    assert calls[1][0] == list("vwxyz")
-    assert calls[0][2] == "first, sample 0, after 0 epochs"
+    tokens = [(queries, keys) for _, queries, keys, _, _ in drawn]
+    first, second = (list("abcde"), list("ABCDE")), (list("vwxyz"), list("VWXYZ"))
+    assert tokens == [first, second] * 2
+    options = [options for *_, options in drawn]
+    assert [each["sample"] for each in options] == [0, 1] * 2
+    assert options[1]["title"] == "first, sample 1, after 0 epochs"
 
 
-def test_tokens_follow_their_sample_where_a_layer_makes_more_rows(tmp_path):
+def test_chosen_heads_and_queries_keep_their_names(tmp_path, drawn):
+    wishes = {"layers": "first", "heads": [1], "query_rows": [3, -1]}
+    fit(model(), AttentionRecorder(X[:1], tmp_path, **wishes), epochs=1)
+    scores, queries, _, heads, _ = drawn[0]
+    assert scores.shape[2] == 2 and queries == ["3", "-1"] and heads == [1]
+    tokens = {"query_tokens": QUERIES[:1]}
+    fit(model(), AttentionRecorder(X[:1], tmp_path, **wishes, **tokens), epochs=1)
+    assert drawn[-1][1] == ["d", "e"]
+
+
+def test_tokens_are_for_layers_that_have_as_many(tmp_path, drawn):
+    inputs = keras.Input((5, 6))
+    x = keras_mha.MultiHeadAttention(1, 4, name="cross")(inputs, inputs[:, :3])
+    cross = keras.Model(inputs, x)
+    cross.compile("sgd", "mse")
+    recorder = AttentionRecorder(
+        X[:1], tmp_path, query_tokens=QUERIES[:1], key_tokens=KEYS[:1]
+    )
+    fit(cross, recorder, epochs=1)
+    assert drawn[0][1:3] == (list("abcde"), None)
+
+
+def test_parts_of_a_sample_have_its_tokens(tmp_path, drawn):
     inputs = keras.Input((2, 5, 6))
     layer = keras_mha.MultiHeadAttention(1, 4, attention_axes=2, name="frames")
     frames = keras.Model(inputs, layer(inputs))
     frames.compile("sgd", "mse")
     x = draw(2, 2, 5, 6)
-    tokens = ["abcde", "vwxyz"]
-    recorder = AttentionRecorder(x, tmp_path, query_tokens=tokens, key_tokens=tokens)
+    recorder = AttentionRecorder(x, tmp_path, query_tokens=QUERIES)
     frames.fit(x, x, verbose=0, callbacks=[recorder])
-    assert len(files(tmp_path)) == 2 * 2 * 2  # samples, frames, before and after
+    queries = [queries for _, queries, *_ in drawn[:4]]
+    assert queries == [list("abcde")] * 2 + [list("vwxyz")] * 2
+    assert files(tmp_path)[::2] == [
+        f"frames/sample_{sample}_part_{part}_epoch_0000.png"
+        for sample in (0, 1)
+        for part in (0, 1)
+    ]
+
+
+def test_a_second_training_begins_with_a_picture_too(tmp_path, drawn):
+    trained = model()
+    recorder = AttentionRecorder(X[:1], tmp_path, layers="first")
+    for _ in range(2):
+        fit(trained, recorder, epochs=1)
+    titles = [options["title"][-14:] for *_, options in drawn]
+    assert titles == ["after 0 epochs", "after 1 epochs"] * 2
 
 
 def test_names_that_files_may_not_have(tmp_path):
-    layer = keras_mha.MultiHeadAttention(1, 4, name="first")
     inputs = keras.Input((5, 6))
-    twice = keras.Model(inputs, layer(layer(inputs)))
-    twice.compile("sgd", "mse")
-    fit(twice, AttentionRecorder(X[:1], tmp_path), epochs=1)
-    assert {name.split("/")[0] for name in files(tmp_path)} == {"first", "first#2"}
+    layer = keras_mha.MultiHeadAttention(1, 4, name="first?:1")
+    named = keras.Model(inputs, layer(inputs))
+    named.compile("sgd", "mse")
+    fit(named, AttentionRecorder(X[:1], tmp_path), epochs=1)
+    assert {name.split("/")[0] for name in files(tmp_path)} == {"first__1"}
 
 
 class TestTensorBoard:
@@ -153,6 +200,8 @@ class TestTensorBoard:
         for image in images:
             file = tmp_path / f"maps/first/sample_0_epoch_{image.step:04}.png"
             assert image.encoded_image_string == file.read_bytes()
+            with Image.open(file) as picture:
+                assert (image.width, image.height) == picture.size
 
     def test_missing_it_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setattr(
@@ -170,8 +219,15 @@ class TestWrongUse:
         ):
             AttentionRecorder(X, tmp_path, every=0)
 
+    @pytest.mark.parametrize("samples", [None, [], 3.0])
+    def test_samples(self, samples, tmp_path):
+        with pytest.raises(TypeError, match="`samples` must be an array"):
+            AttentionRecorder(samples, tmp_path)
+
     @pytest.mark.parametrize("name", ["query_tokens", "key_tokens"])
     def test_tokens(self, name, tmp_path):
         message = f"`{name}` must be given for each of the 8 samples.*for 2"
         with pytest.raises(ValueError, match=message):
             AttentionRecorder(X, tmp_path, **{name: ["abcde", "vwxyz"]})
+        with pytest.raises(TypeError, match=f"`{name}` must be a sequence"):
+            AttentionRecorder(X, tmp_path, **{name: 3})

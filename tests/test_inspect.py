@@ -102,6 +102,7 @@ class TestWhichLayers:
             ("model/second/attention", ["model/second/attention"]),
             ("last", ["model/last"]),
             ("model/*/attention", ["model/first/attention", "model/second/attention"]),
+            ("model/last", ["model/last"]),
             (["last", "model/first/*"], ["model/first/attention", "model/last"]),
             (lambda model: model.parts["last"], ["model/last"]),
             (lambda model: [model.parts["last"]], ["model/last"]),
@@ -111,6 +112,30 @@ class TestWhichLayers:
         model = built(Subclassed())
         maps = attention_maps(model, X, wish(model) if callable(wish) else wish)
         assert list(maps) == found
+
+    def test_a_second_call_can_be_chosen(self):
+        model = functional()
+        assert list(attention_maps(model, X, "first#2")) == ["first#2"]
+
+    def test_a_model_around_one_that_is_built(self):
+        class Scale(keras.layers.Layer):
+            def call(self, x):
+                return 2 * x
+
+        class Around(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.inner, self.scale = functional(), Scale()
+
+            def call(self, x):
+                return self.scale(self.inner(x))
+
+        model = Around()  # building it, Keras calls it with placeholders
+        maps = attention_maps(model, X)
+        again = attention_maps(model, X)
+        assert list(maps) == list(again) and len(maps) == 4
+        for path, scores in maps.items():
+            np.testing.assert_array_equal(scores, again[path])
 
 
 class TestNumbers:
@@ -202,7 +227,7 @@ class TestChosenRowsAndHeads:
         return MultiHeadAttention(4, 2, position=keras_mha.ALiBi(), name="attention")
 
     @pytest.mark.parametrize(
-        "rows", [3, [3], [-1], [0, 1, 2, 5], [4, 2, 3], [1, 1], []]
+        "rows", [3, np.array(3), [-1], [0, 1, 3], [4, 2, 3], [1, 1], []]
     )
     def test_rows(self, rows):
         layer = self.layer()
@@ -224,21 +249,36 @@ class TestChosenRowsAndHeads:
         found = attention_maps(layer, X, heads=heads)["attention"]
         np.testing.assert_array_equal(found, whole[:, np.atleast_1d(heads)])
 
+    def test_rows_that_are_near_are_worked_out_together(self, monkeypatch):
+        layer = MultiHeadAttention(1, 2, name="attention")
+        x = draw(1, 64, 4)
+        whole = attention_maps(layer, x)["attention"]
+        tiles = self.watched_tiles(monkeypatch)
+        rows = [2, 4, 10, 40, 41, 63, 62]
+        found = attention_maps(layer, x, query_rows=rows)["attention"]
+        np.testing.assert_allclose(found, whole[:, :, rows], atol=1e-6)
+        assert tiles == [(2, 9), (40, 2), (63, 1), (62, 1)]
+
+    def watched_tiles(self, monkeypatch):
+        """The (first row, rows) of each tile worked out from now on."""
+        tiles, kernel = [], keras_mha.inspect.reference.attention_weights
+
+        def watched(call, tile):
+            if not tile.whole:  # as the layer's own are
+                tiles.append((tile.row, tile.rows))
+            return kernel(call, tile)
+
+        name = "keras_mha.inspect.reference.attention_weights"
+        monkeypatch.setattr(name, watched)
+        return tiles
+
     def test_many_rows_are_worked_out_some_at_a_time(self, monkeypatch):
         layer = self.layer()
         whole = attention_maps(layer, X)["attention"]
         monkeypatch.setattr("keras_mha.inspect._AT_ONCE", 2 * 4 * 6 * 4)
-        sizes = []
-        kernel = keras_mha.inspect.reference.attention_weights
-
-        def watched(call, tile):
-            if not tile.whole:  # as the layer's own are
-                sizes.append(tile.rows)
-            return kernel(call, tile)
-
-        monkeypatch.setattr("keras_mha.inspect.reference.attention_weights", watched)
+        tiles = self.watched_tiles(monkeypatch)
         found = attention_maps(layer, X)["attention"]
-        assert sizes == [4, 2]
+        assert tiles == [(0, 4), (4, 2)]
         np.testing.assert_allclose(found, whole, atol=1e-6)
 
     def test_a_long_sequence_is_not_held_whole(self):
@@ -380,6 +420,10 @@ class TestWrongUse:
     def test_no_model(self):
         with pytest.raises(TypeError, match="`model` must be a Keras model or layer"):
             attention_maps(lambda x: x, X)
+
+    def test_placeholders(self):
+        with pytest.raises(TypeError, match="`inputs` must be numbers"):
+            attention_maps(built(Subclassed()), keras.Input((6, 8)))
 
     def test_unknown_layers(self):
         model = built(Subclassed())

@@ -127,6 +127,14 @@ def test_of_chosen_rows():
     np.testing.assert_allclose(expected.distance, by_rows)
 
 
+def test_of_chosen_heads():
+    scores = weights(2, 1, 2, 6, 6)
+    assert list(attention_summary(scores, heads=[5, 3]).head) == [5, 3]
+    assert list(attention_summary(scores[:, :1], heads=-1).head) == [-1]
+    with pytest.raises(ValueError, match=r"`heads` must be as many .*, 2.*: 1"):
+        attention_summary(scores, heads=3)
+
+
 class TestTable:
     def shown(self, summary):
         file = io.StringIO()
@@ -161,13 +169,15 @@ class TestWrongUse:
             attention_summary(np.array([[0.5, -0.5]]))
         with pytest.raises(ValueError, match="`scores` must be attention weights"):
             attention_summary(np.array([[0.5, np.nan]]))
+        with pytest.raises(ValueError, match="`scores` must be attention weights"):
+            attention_summary(np.array([[0.5, np.inf]]))
         with pytest.raises(TypeError, match="`scores` must be numbers"):
             attention_summary(np.array([["a", "b"]]))
 
     def test_query_rows(self):
         scores = np.eye(4)
         with pytest.raises(
-            ValueError, match=r"as many as the scores have rows, 4.*: 2"
+            ValueError, match=r"`query_rows` must be as many .*, 4.*: 2"
         ):
             attention_summary(scores, query_rows=[0, 1])
         with pytest.raises(ValueError, match=r"`query_rows` must be .*at least 0"):
