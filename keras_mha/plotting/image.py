@@ -38,8 +38,13 @@ def plot_heads_over_image(
     """Draws which patches of an image each head attends to, over the image itself.
 
     A panel a head, or for frames a row of panels a head. All share one scale of
-    colours, from 0, where the image shows through unchanged, to the largest weight
-    drawn. Needs matplotlib (`pip install "keras-mha[viz]"`).
+    colours. It starts at an even share, what a patch would get if all patches were
+    looked at alike: there, and below, the image stays bare, so that the colours show
+    what is looked at more than others. It ends at the largest weight drawn, but not
+    before twice the even share, so that attention that is nearly even looks so. The
+    colour bar says what the even share is: 1 / the number of patches, or less where
+    tokens before the patches take a part. Needs matplotlib
+    (`pip install "keras-mha[viz]"`).
 
     Args:
         scores: Attention weights of shape `(T, S)`, `(N, T, S)` or `(B, N, T, S)`. The
@@ -203,7 +208,8 @@ def _draw(
         figure, columns * (wide + 0.1) + 1.2, -(-count // columns) * (tall + 0.35) + 0.4
     )
     repeats = len(frames) // weights.shape[1]
-    options = {"vmin": min(float(weights.min()), 0), "vmax": float(weights.max()) or 1}
+    even = float(weights.mean())  # at and below it, the image stays bare
+    options = {"vmin": even, "vmax": max(float(weights.max()), 2 * even) or 1}
     all_axes = style.panels(figure, count, columns)
     for index, axes in enumerate(all_axes):
         head, frame = divmod(index, len(frames))
@@ -212,7 +218,8 @@ def _draw(
         if patch is not None and patch[0] == here:
             _frame_patch(axes, patch[1:], weights.shape[2:], (height, width))
         _name_panel(axes, names[head], frame, len(frames))
-    style.colour_bar(figure, picture, all_axes)
+    label = f"attention weight,\nfrom an even share of {even:.3g}"
+    style.colour_bar(figure, picture, all_axes, label)
     if title:
         figure.suptitle(title, **text.font_options([title]))
     return figure

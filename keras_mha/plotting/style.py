@@ -64,14 +64,19 @@ def panels(
     return list(grid.flat[:count])
 
 
-def colour_bar(figure: "FigureBase", picture: Any, all_axes: list["Axes"]) -> None:
+def colour_bar(
+    figure: "FigureBase",
+    picture: Any,
+    all_axes: list["Axes"],
+    label: str = "attention weight",
+) -> None:
     """Says what the colours mean, once for all panels."""
     from matplotlib.ticker import MaxNLocator
 
     figure.colorbar(
         picture,
         ax=all_axes,
-        label="attention weight",
+        label=label,
         ticks=MaxNLocator(5, steps=[1, 2, 5, 10]),
         aspect=30,
         pad=0.015,

@@ -46,6 +46,8 @@ def assert_shows_its_claims(notebook, compared_backends):
         assert number_after(name, texts["scores"]) == pairs
         assert number_after(name, texts["influence"]) == pairs
     assert "Causal() & SlidingWindow(4): 58 pairs" in texts["influence"]
+    off = re.findall(r"at most (\S+) off", texts["scores"])
+    assert len(off) == 3 and all(float(distance) <= 1e-5 for distance in off)
     assert "(389, 4, 10, 16)" in texts["cross"]
 
     drawn = pictures(notebook)
@@ -82,3 +84,12 @@ class TestTheKeptNotebook:
         text = printed(self.kept)["blank"]
         whole = number_after("with all patches:", text)
         assert number_after("three at random:", text) < whole
+
+    def test_says_truly_which_patches_it_does_best_without(self):
+        text = printed(self.kept)["blank"]
+        found = re.findall(r"^without .*: (\S+)%, with (\S+)% of the ink", text, re.M)
+        most, *others = [tuple(map(float, numbers)) for numbers in found]
+        assert len(others) == 2
+        for right, ink in others:
+            assert most[0] > right
+            assert ink - 4 < most[1] < ink  # "only a little less"

@@ -29,7 +29,7 @@ def right(model, text):
     return tuple(map(float, found.groups()))
 
 
-def assert_shows_its_claims(notebook):
+def assert_shows_its_claims(notebook, sides):
     """What must be so however short the training was."""
     texts = printed(notebook)
     assert costs(texts["axes"]) == {
@@ -44,7 +44,7 @@ def assert_shows_its_claims(notebook):
         "time, 1": (16 * 5 * 5, 5),
         "space and then time": (5 * 16 * 16 + 16 * 5 * 5, 80),
     }
-    for side in (8, 16, 32):
+    for side in sides:
         assert f"{side**4:,} over" in texts["growth"]
         assert f"{2 * side**3:,} axial" in texts["growth"]
     assert "within_rows (8, 4, 8, 8)" in texts["rows"]
@@ -60,7 +60,7 @@ def test_notebook_runs_on_this_backend(tmp_path):
     notebook = run_quickly(PATH, tmp_path)
     texts = printed(notebook)
     assert f"on {keras.backend.backend()}" in texts["setup"]
-    assert_shows_its_claims(notebook)
+    assert_shows_its_claims(notebook, sides=(8, 16))
     assert number_after("axial:", texts["digits"]) > 20  # by chance 10
     assert right("joint", texts["video"])[1] > 50  # by chance 25
     assert [path.name for path in tmp_path.iterdir()] == ["ipython"]
@@ -71,7 +71,7 @@ class TestTheKeptNotebook:
     texts = printed(kept)
 
     def test_shows_its_claims(self):
-        assert_shows_its_claims(self.kept)
+        assert_shows_its_claims(self.kept, sides=(8, 16, 32))
 
     def test_learned_the_digits_and_the_directions(self):
         digits, directions = right("joint", self.texts["video"])
@@ -81,7 +81,7 @@ class TestTheKeptNotebook:
 
     def test_says_truly_what_the_attention_is_needed_for(self):
         digits, directions = right("without attention", self.texts["video"])
-        assert digits < 50
+        assert 30 < digits < 40  # "about a third"
         assert directions > 97
         text = self.texts["digits"]
         assert number_after("without attention:", text) < number_after("axial:", text)

@@ -43,12 +43,55 @@ def test_without_a_query_the_mean_over_all_is_drawn(weights, panels):
     assert not framed(axes)
 
 
-def test_all_panels_share_one_scale_from_0(weights, panels):
-    scores = weights(3, 4, 4)
-    figure = plot_heads_over_image(scores, GREY, query=0)
+def scale(figure, panels):
+    """The ends of the scale that all panels share."""
     (limits,) = {axes.images[1].get_clim() for axes in panels(figure)}
-    assert limits == (0, pytest.approx(scores[:, 0].max(), rel=1e-6))
+    return limits
+
+
+def colour_bar_label(figure):
+    (bar,) = (axes for axes in figure.axes if axes.get_label() == "<colorbar>")
+    return bar.get_ylabel()
+
+
+def test_all_panels_share_one_scale_from_an_even_share(weights, panels):
+    scores = weights(3, 16, 16)
+    figure = plot_heads_over_image(scores, GREY, query=0)
+    largest = scores[:, 0].max()
+    assert largest > 2 / 16
+    assert scale(figure, panels) == pytest.approx((1 / 16, largest), rel=1e-6)
     assert len(figure.axes) == 3 + 1
+
+
+def test_the_colour_bar_tells_the_even_share(weights):
+    label = colour_bar_label(plot_heads_over_image(weights(1, 64, 64), GREY))
+    assert label == "attention weight,\nfrom an even share of 0.0156"
+
+
+def test_the_even_share_is_of_what_the_patches_get(panels):
+    scores = np.array([[[0.6, 0.3, 0.05, 0.05, 0.0]]])
+    figure = plot_heads_over_image(scores, GREY, prefix_tokens=1)
+    assert scale(figure, panels) == pytest.approx((0.1, 0.3), rel=1e-6)
+    assert "0.1" in colour_bar_label(figure)
+
+
+def test_nearly_even_attention_looks_nearly_even(panels):
+    scores = np.array([[0.24, 0.26, 0.25, 0.25]])
+    figure = plot_heads_over_image(scores, GREY)
+    assert scale(figure, panels) == pytest.approx((0.25, 0.5), rel=1e-6)
+
+
+def opacity(weight, figure, panels):
+    """How much of the image a weight hides, from 0 to 1."""
+    return panels(figure)[0].images[1].to_rgba(weight)[3]
+
+
+def test_only_more_than_an_even_share_hides_the_image(weights, panels):
+    figure = plot_heads_over_image(weights(1, 16, 16), GREY, query=0)
+    even, largest = scale(figure, panels)
+    hidden = [opacity(w, figure, panels) for w in (0, even / 2, even, largest)]
+    assert hidden[:3] == [0, 0, 0]
+    assert 0.7 < hidden[3] < 1
 
 
 def test_the_patch_that_asks_is_framed(weights, panels):
