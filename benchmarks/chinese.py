@@ -31,7 +31,7 @@ PHRASES = {
     ", forward": "，前向",
     ", layer": "，层",
     "| training": "| 训练",
-    "key heads,": "个键头，",
+    "key heads,": "个键值头，",
     " tokens": " 个词元",
     " cores,": " 核，",
     "GiB; Keras": "GiB；Keras",

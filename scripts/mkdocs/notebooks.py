@@ -48,9 +48,10 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def as_markdown(notebook, stem: str) -> tuple[str, dict[str, bytes]]:
     """Returns a notebook's page, and its pictures by the name of their file."""
-    parts, pictures = [], {}
+    parts, pictures, above = [], {}, stem
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            above = cell.source
             # Notebooks link to notebooks.
             parts.append(re.sub(r"\]\((\w+)\.ipynb", r"](\1.md", cell.source))
         elif cell.cell_type == "code":
@@ -60,13 +61,19 @@ def as_markdown(notebook, stem: str) -> tuple[str, dict[str, bytes]]:
                 if "image/png" in data:
                     name = f"{stem}/{cell.id}-{number}.png"
                     pictures[name] = base64.b64decode(data["image/png"])
-                    parts.append(f"![What the cell {cell.id!r} draws]({name})")
+                    parts.append(f"![{_caption(above)}: the picture]({name})")
                 else:
                     text = output.get("text") or data.get("text/plain", "")
-                    parts.append(
-                        _fenced(ANSI.sub("", text), "{ .text .output .no-copy }")
-                    )
+                    parts.append(_fenced(ANSI.sub("", text), OUTPUT))
     return "\n\n".join(parts), pictures
+
+
+def _caption(text: str) -> str:
+    """The last heading in a notebook's text, or its first sentence, without markup."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    caption = headings[-1] if headings else re.split(r"[.:]\s|\n\n", text)[0]
+    caption = re.sub(r"\]\([^)]*\)|[\[\]`*$]", "", caption)
+    return " ".join(caption.split()).rstrip(".:")
 
 
 def _fenced(text: str, language: str) -> str:

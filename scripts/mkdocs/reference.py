@@ -45,6 +45,7 @@ def _names_in(module) -> list[str]:
 
 NAMES = public_names()
 ALL = list(itertools.chain(*NAMES.values()))
+CODE_OR_BAR = re.compile(r"(?P<code>`[^`]*`)|\|")
 QUOTED = re.compile(r"(?<!\[)`(keras_mha\.[\w.]+)`")
 
 
@@ -96,8 +97,12 @@ def _index() -> str:
 
 
 def _summary(name: str) -> str:
-    """The first line of the docstring."""
+    """The first sentence of the docstring, as a cell of a table.
+
+    A bar would end the cell, but in code, where a backslash would be shown.
+    """
     value = keras_mha
     for part in name.split(".")[1:]:
         value = getattr(value, part)
-    return inspect.getdoc(value).split("\n\n")[0].replace("\n", " ").replace("|", r"\|")
+    text = inspect.getdoc(value).split("\n\n")[0].replace("\n", " ")
+    return CODE_OR_BAR.sub(lambda match: match["code"] or r"\|", text)
