@@ -127,7 +127,9 @@ def _draw(
 ) -> "FigureBase":
     count, rows, keys = maps.shape
     height, width = _map_size(rows, keys, count)
-    fonts = text.font_options([*(labels[0] or []), *(labels[1] or []), title or ""])
+    fonts = text.font_options(
+        [*(labels[0] or []), *(labels[1] or []), str(title or "")]
+    )
     ticks = _ticks(labels[0], height / rows), _ticks(labels[1], width / keys)
     any_masked = bool(maps.mask.any())
     edges = 0.3 + 0.35 * bool(title) + 0.3 * any_masked
@@ -145,8 +147,7 @@ def _draw(
         _label_axis(axes.yaxis, "query", ticks[0], first, fonts)
         _label_axis(axes.xaxis, "key", ticks[1], lowest, fonts)
     style.colour_bar(figure, picture, all_axes)
-    if title:
-        figure.suptitle(title, **fonts)
+    style.head_line(figure, title, fonts)
     if any_masked:
         style.legend(figure, [style.patch("masked", **style.MASKED)])
     return figure
@@ -220,7 +221,7 @@ def _label_axis(
     if shown:
         axis.set_label_text(name)
     if ticks.places is None:
-        axis.get_major_locator().set_params(integer=True)
+        style.whole_numbers(axis)
     elif shown:
         turned = axis.axis_name == "x" and not ticks.upright
         axis.set_ticks(ticks.places, ticks.labels, rotation=90 * turned, **fonts)

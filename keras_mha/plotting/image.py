@@ -203,7 +203,7 @@ def _draw(
     columns = min(columns, count)
     height, width = frames.shape[1:3]
     wide = min(max(2.0 * width / height, 1.0), 4.0)
-    tall = wide * height / width
+    tall = min(max(wide * height / width, 0.6), 8.0)
     figure = style.figure_of_size(
         figure, columns * (wide + 0.1) + 1.2, -(-count // columns) * (tall + 0.35) + 0.4
     )
@@ -215,13 +215,14 @@ def _draw(
         head, frame = divmod(index, len(frames))
         here = frame // repeats
         picture = _draw_panel(axes, frames[frame], weights[head, here], options)
+        if not 1 / 4 <= height / width <= 4:  # a spectrogram, say
+            axes.set_aspect("auto")
         if patch is not None and patch[0] == here:
             _frame_patch(axes, patch[1:], weights.shape[2:], (height, width))
         _name_panel(axes, names[head], frame, len(frames))
     label = f"attention weight,\nfrom an even share of {even:.3g}"
     style.colour_bar(figure, picture, all_axes, label)
-    if title:
-        figure.suptitle(title, **text.font_options([title]))
+    style.head_line(figure, title, text.font_options([str(title or "")]))
     return figure
 
 

@@ -80,7 +80,7 @@ def plot_mask(
     >>> figure = keras_mha.plot_mask(window, 64, tile=8)
     """
     style.check_figure("plot_mask", figure)
-    mask = as_mask(mask)
+    mask = _checked_mask(mask)
     rows = _checks.positive_integer("query_length", query_length)
     columns = rows
     if key_length is not None:
@@ -91,6 +91,15 @@ def plot_mask(
     kinds = tile_kinds(mask, *pieces)
     shares, edges = _shares(mask, rows, columns, sample, head)
     return _draw(shares, edges, kinds, pieces, title, figure)
+
+
+def _checked_mask(mask: Any) -> Mask:
+    if mask is None or isinstance(mask, type):
+        raise TypeError(
+            "`mask` must be a keras_mha.masks.Mask (an object, not its class) or an "
+            f"array of booleans. Received: mask={mask!r}"
+        )
+    return as_mask(mask)
 
 
 def _pieces(tile: Any, rows: int, columns: int) -> tuple[Pieces, Pieces]:
@@ -183,9 +192,8 @@ def _draw(
     _draw_borders(axes, pieces)
     axes.set(xlabel="key", ylabel="query")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    if title:
-        figure.suptitle(title, **text.font_options([title]))
+        style.whole_numbers(axis)
+    style.head_line(figure, title, text.font_options([str(title or "")]))
     style.legend(figure, _entries(kinds))
     return figure
 

@@ -1,6 +1,6 @@
 """What is checked of scores, and of masks beside them, before anything is drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -33,6 +33,11 @@ def scores_array(scores: Tensor) -> np.ndarray:
             "`scores` must hold numbers, and a KerasTensor holds none yet: "
             "`keras_mha.attention_maps` gets them out of a model. "
             f"Received: scores={scores!r}"
+        )
+    if isinstance(scores, Mapping):
+        raise TypeError(
+            "`scores` must be those of one layer: take one by its path. "
+            f"Received: a mapping from {', '.join(map(repr, scores))}"
         )
     array = as_numpy("scores", scores).astype("float32")
     shape = array.shape

@@ -6,6 +6,7 @@ from keras_mha.info import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.colors import Colormap
     from matplotlib.figure import FigureBase
     from matplotlib.patches import Patch
@@ -81,6 +82,17 @@ def colour_bar(
         aspect=30,
         pad=0.015,
     )
+
+
+def whole_numbers(axis: "Axis") -> None:
+    """Writes positions at an axis, which are whole also where there is only one."""
+    axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+
+def head_line(figure: "FigureBase", title: Any, fonts: dict[str, Any]) -> None:
+    """Writes a title above, if there is one."""
+    if title is not None:
+        figure.suptitle(str(title), wrap=True, **fonts)
 
 
 def patch(label: str, **style: Any) -> "Patch":

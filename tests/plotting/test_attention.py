@@ -432,3 +432,18 @@ def test_scores_that_are_no_numbers_are_refused(scores):
 def test_symbolic_scores_are_refused_with_what_to_do():
     with pytest.raises(TypeError, match=r"`scores`.*attention_maps"):
         plot_attention(keras.KerasTensor((1, 2, 3, 3)))
+
+
+def test_maps_of_several_layers_are_refused_with_what_to_do(weights):
+    with pytest.raises(TypeError, match=r"take one by its path.* 'first', 'second'"):
+        keras_mha.plot_attention(dict.fromkeys(("first", "second"), weights(2, 3, 3)))
+
+
+def test_a_single_query_has_a_whole_number():
+    axes = keras_mha.plot_attention(np.full((1, 20), 0.05)).axes[0]
+    low, high = sorted(axes.get_ylim())
+    assert [tick for tick in axes.get_yticks() if low <= tick <= high] == [0]
+
+
+def test_a_title_of_any_kind_is_written(weights):
+    assert keras_mha.plot_attention(weights(2, 3, 3), title=3).get_suptitle() == "3"

@@ -248,3 +248,12 @@ def test_what_does_not_go_together_is_refused(weights, keys, image, kwargs, name
 def test_an_image_that_is_none_is_refused(weights, image):
     with pytest.raises(TypeError, match="`image` must be an array"):
         plot_heads_over_image(weights(4, 4), image)
+
+
+@pytest.mark.parametrize("shape", [(16, 1600), (1600, 16)])
+def test_long_images_are_seen_and_fit_on_a_page(shape):
+    figure = plot_heads_over_image(np.full((4, 4), 0.25), np.zeros(shape), grid=(2, 2))
+    assert max(figure.get_size_inches()) < 10
+    figure.draw_without_rendering()
+    box = figure.axes[0].get_window_extent()
+    assert min(box.width, box.height) > 20

@@ -230,3 +230,16 @@ def test_what_does_not_go_with_the_mask_is_refused(mask, kwargs, named):
 def test_arguments_of_another_type_are_refused(mask, kwargs, named):
     with pytest.raises(TypeError, match=named):
         plot_mask(mask, **{"query_length": 4, **kwargs})
+
+
+@pytest.mark.parametrize("mask", [None, masks.Causal])
+def test_what_is_no_mask_is_named(mask):
+    with pytest.raises(TypeError, match=r"`mask` must be a keras_mha\.masks\.Mask"):
+        plot_mask(mask, 8)
+
+
+def test_a_single_row_has_a_whole_number():
+    figure = plot_mask(masks.Causal(), 1, 100)
+    low, high = sorted(figure.axes[0].get_ylim())
+    ticks = [tick for tick in figure.axes[0].get_yticks() if low <= tick <= high]
+    assert ticks == [0]
