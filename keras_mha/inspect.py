@@ -177,12 +177,14 @@ class _Watcher:
         dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
         weights = np.empty((batch, len(chosen), len(wanted), columns), dtype)
         done = 0
-        for rows in _runs(wanted, most):
-            tile = Tile(rows[0], rows[-1] - rows[0] + 1, 0, columns)
+        for run in _runs(wanted, most):
+            first = run[0]
+            tile = Tile(first, run[-1] - first + 1, 0, columns)
             part = reference.attention_weights(call, tile)
             part = keras.ops.convert_to_numpy(part)[:, chosen]
-            weights[:, :, done : done + len(rows)] = part[:, :, rows - rows[0]]
-            done += len(rows)
+            rows_of_tile = [row - first for row in run]
+            weights[:, :, done : done + len(run)] = part[:, :, rows_of_tile]
+            done += len(run)
         return weights
 
     def maps_or_raise(self, model: keras.layers.Layer) -> dict[str, np.ndarray]:
@@ -283,11 +285,11 @@ def _indices(name: str, wanted: list[int] | None, length: int, where: str) -> li
     return [number % length for number in wanted]
 
 
-def _runs(rows: list[int], most: int) -> Iterator[np.ndarray]:
+def _runs(rows: list[int], most: int) -> Iterator[list[int]]:
     """Yields rows that follow closely on each other, to be worked out together."""
     start = 0
     for end in range(1, len(rows) + 1):
         follows = end < len(rows) and rows[end - 1] < rows[end] <= rows[end - 1] + _NEAR
         if not follows or rows[end] - rows[start] >= most:
-            yield np.array(rows[start:end])
+            yield rows[start:end]
             start = end
