@@ -25,6 +25,12 @@ def integer(name: str, value: Any, minimum: int | None = None) -> int:
     return value
 
 
+def integers(name: str, value: Any, minimum: int | None = None) -> list[int]:
+    """Returns one integer or several as a list, or raises as `integer` does."""
+    several = [value] if np.ndim(value) == 0 else value
+    return [integer(name, each, minimum) for each in several]
+
+
 def positive_integer(name: str, value: Any) -> int:
     """Returns `value` as an int of at least one, or raises."""
     return integer(name, value, minimum=1)

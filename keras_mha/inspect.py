@@ -104,8 +104,8 @@ def attention_maps(
         )
     wishes = (
         _checked_layers(layers),
-        _checked_numbers("heads", heads),
-        _checked_numbers("query_rows", query_rows),
+        None if heads is None else _checks.integers("heads", heads),
+        None if query_rows is None else _checks.integers("query_rows", query_rows),
     )
     call_arguments = {"training": False, **call_arguments}
     was_built, before = _is_built(model), len(model.weights)
@@ -252,14 +252,6 @@ def _checked_layers(layers: Any) -> list[str | MultiHeadAttention] | None:
                 f"Received: {layer!r} (of type {type(layer).__name__})"
             )
     return layers
-
-
-def _checked_numbers(name: str, numbers: Any) -> list[int] | None:
-    if numbers is None:
-        return None
-    if np.ndim(numbers) == 0:
-        numbers = [numbers]
-    return [_checks.integer(name, number) for number in numbers]
 
 
 def _matches(wish: Any, layer: MultiHeadAttention, name: str) -> bool:

@@ -174,9 +174,7 @@ def _given(
     """Returns the numbers of heads or rows; those of all by default."""
     if numbers is None:
         return np.arange(length)
-    if np.ndim(numbers) == 0:
-        numbers = [numbers]
-    numbers = [_checks.integer(name, number, minimum) for number in numbers]
+    numbers = _checks.integers(name, numbers, minimum)
     if len(numbers) != length:
         raise ValueError(
             f"`{name}` must be as many as the scores have, {length}. "
