@@ -28,8 +28,14 @@ _HEAD, _ROW, _STEP = 0x5BD1E995, 0x1B873593, 0x2C1B3C6D
 
 
 def seed_pair(seed: Any) -> Tensor:
-    """Returns two int32 for one call of attention; a generator goes on to its next."""
-    return ops.cast(draw_seed(seed), "int32")
+    """Returns two int32 for one call of attention; a generator goes on to its next.
+
+    Where a gradient computes the call again (gradient checkpointing), they are those of
+    the first time: output and gradient must belong to the same weights dropped.
+    """
+    if isinstance(seed, int):
+        return ops.cast(draw_seed(seed), "int32")
+    return ops.cast(backends.current().drawn(seed, draw_seed), "int32")
 
 
 def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:

@@ -71,6 +71,8 @@ class MultiHeadAttention(keras.layers.Layer):
         key_dim: Width of each head of query and key, H.
         value_dim: Width of each head of value, V. Defaults to `key_dim`.
         dropout: Share of the attention weights to drop in training, from 0 to 1.
+            Where gradient checkpointing (`torch.utils.checkpoint`, `tf.recompute_grad`,
+            `keras.RematScope`) runs the layer again, the same ones are dropped.
         use_bias: Whether the projections add a bias.
         output_shape: Features of the output: an int, or a tuple for several axes.
             Defaults to the features of the query.
@@ -531,7 +533,8 @@ class MultiHeadAttention(keras.layers.Layer):
             operands,
             mask,
             self._attention_bias(attention_bias, query, value),
-            self._dropout if training else 0.0,
+            # The rate first: under `keras.RematScope` JAX traces `training`.
+            self._dropout if self._dropout and training else 0.0,
             return_attention_scores,
         )
         heads = self._axes.unfold(heads, like=query)

@@ -138,6 +138,12 @@ def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     return x.at[jnp.arange(x.shape[0]), index].set(new)
 
 
+def drawn(generator: Any, draw: Callable) -> Any:
+    """Returns `draw(generator)`, or what it returned before where a gradient computes
+    the same again."""
+    return draw(generator)  # of a traced function nothing is run again
+
+
 def with_gradient(
     forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
 ) -> Any:

@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from keras_mha.kernels.backends.torch_recomputing import drawn
+
+__all__ = ["drawn"]  # beside what is defined here
+
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 8

@@ -1,0 +1,52 @@
+"""What was drawn at random in a pass that PyTorch's checkpoints run again.
+
+`torch.utils.checkpoint` runs a function once, keeps nothing, and runs it again in the
+backward pass, with the state of torch's own random generator as it was. So a number
+from that generator is the same both times, and tells which draw it was.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Draws that a backward pass may still ask for: of all layers, in all micro-batches.
+_MOST = 2**14
+
+_drawn: OrderedDict[int, tuple[Any, Any]] = OrderedDict()  # who drew, and what
+
+
+# A compiled program may be run again too, and does not do again what it asks Python.
+@torch.compiler.disable
+def drawn(generator: Any, draw: Callable) -> Any:
+    """Returns `draw(generator)`, or what it returned before where a gradient computes
+    the same again."""
+    token = _token()
+    if token is None:
+        return draw(generator)
+    if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        result = draw(generator)
+        _drawn[token] = generator, result
+        if len(_drawn) > _MOST:
+            _drawn.popitem(last=False)
+        return result
+    # Whoever sets torch's seed again gets numbers again that others got.
+    drawer, result = _drawn.get(token, (None, None))
+    if result is None or drawer is not generator:
+        raise RuntimeError(
+            "Dropout is computed again in a backward pass, and which attention weights "
+            "it dropped the first time is not known, so that the gradients would be "
+            "wrong. A checkpoint must restore torch's random state: leave "
+            "`preserve_rng_state=True`."
+        )
+    return result
+
+
+def _token() -> int | None:
+    """Returns a number that torch's random state decides, or `None` while a program is
+    written or transformed: nothing is run again there."""
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return None
+    number = torch.randint(2**62, (), device="cpu")
+    return number.item() if type(number) is torch.Tensor else None
