@@ -19,6 +19,7 @@ _FILE = tf.recompute_grad.__code__.co_filename
 _FIRST, _AGAIN = "inner", "inner_recompute_grad"  # the functions that run it
 _EAGER = "_eager_mode_decorator"  # what calls the first of them eagerly
 _NOTES = "_keras_mha_drawn"
+_MOST = 2**12  # runs noted on one tensor, of which a gradient may still be asked for
 
 _UNKNOWN = (
     "Dropout is computed again for a gradient (`tf.recompute_grad` or "
@@ -96,7 +97,10 @@ def _draws_of_first_run(frame: FrameType) -> _Draws:
     run, key = caller.f_locals["variable_watcher"], id(frame.f_locals["kwargs"])
     notes = _notes(x)
     if key not in notes or notes[key].run is not run:
+        notes.pop(key, None)  # so that the new one stands last
         notes[key] = _Draws(run)
+        if len(notes) > _MOST:
+            del notes[next(iter(notes))]
     return notes[key]
 
 
