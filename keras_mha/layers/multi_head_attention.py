@@ -22,6 +22,7 @@ from keras_mha.layers import input_checks, recording
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_cached_call
+from keras_mha.layers.clean_inputs import Inputs, has_segments
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
@@ -35,7 +36,8 @@ from keras_mha.masks import (
     SlidingWindow,
     intersect,
 )
-from keras_mha.ops.dot_product_attention import dot_product_attention
+from keras_mha.ops import padding
+from keras_mha.ops.dot_product_attention import attend_without_padding
 
 ATTENTION_SINKS = (None, "zero", "learned")
 
@@ -120,7 +122,8 @@ class MultiHeadAttention(keras.layers.Layer):
         value_mask: Booleans of shape `(B, S)`. Defaults to the Keras mask that `value`
             carries; in self-attention without `value`, to `query_mask`.
         key_mask: Booleans of shape `(B, S)`. Defaults to the Keras mask that `key`
-            carries. All masks given count together.
+            carries. All masks given count together. Tokens that these three masks or
+            a `Padding` hide, or that are of other segments, may hold anything, NaN too.
         attention_mask: Booleans (`True` = may attend) of shape `(T, S)`, `(B, T, S)`
             or `(B, N, T, S)`, or a `keras_mha.masks.Mask`. Whole numbers count as
             booleans.
@@ -507,6 +510,10 @@ class MultiHeadAttention(keras.layers.Layer):
             value_mask = query_mask if value_mask is None else value_mask
         if key is None:
             key = value
+        masks = (query_mask, value_mask, key_mask)
+        query, value, key, finite = self._without_padding(
+            Inputs(query, value, key), masks, attention_mask, segment_ids, cache
+        )
         if cache is None:
             ids = self._position_ids(position_ids, segment_ids, query, value)
             operands = self._operands(query, value, key, *ids)
@@ -520,7 +527,6 @@ class MultiHeadAttention(keras.layers.Layer):
         elif kv_cache.is_memory(cache):
             operands, mask = self._operands_of_memory(query, cache, position_ids)
         else:
-            masks = (query_mask, value_mask, key_mask)
             operands, mask = self._operands_with_cache(
                 query, value, key, cache, masks, position_ids, use_causal_mask
             )
@@ -541,6 +547,8 @@ class MultiHeadAttention(keras.layers.Layer):
         if self._use_gate:
             heads = heads * self._gate_dense(query)
         output = self.output_dense(heads)
+        if finite is not None:
+            output, scores = self._spoilt(output, scores, query, finite, mask)
         if query_mask is not None:
             set_keras_mask(output, query_mask)
         results = (output,)
@@ -562,7 +570,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "sink": self._sink_logits(),
         }
         recording.note(self, *heads, **arguments)
-        result = dot_product_attention(
+        result = attend_without_padding(
             *heads,
             **arguments,
             dropout=dropout,
@@ -577,6 +585,34 @@ class MultiHeadAttention(keras.layers.Layer):
         if return_scores:
             scores = ops.cast(scores, self.compute_dtype)
         return heads, scores
+
+    # ------------------------------------------------------------------ padding
+
+    def _without_padding(self, inputs, masks, attention_mask, segment_ids, cache):
+        """Returns query, value and key without numbers that masks hide, and which
+        tokens were finite if segments hide some of them (else `None`)."""
+        query_mask, *key_masks = masks
+        if cache is not None:
+            key_masks = masks  # a new token is both
+        elif isinstance(attention_mask, Mask) and self._axes.is_plain:
+            key_masks.append(padding.visible_keys(attention_mask))
+        rank = len(inputs.value.shape) - 1
+        visible = padding.all_of(*(padding.with_rank(rank, x) for x in key_masks))
+        keep_finite = self._activity_regularizer is not None  # it sees all tokens
+        inputs = inputs.zero_unless(query_mask, visible, keep_finite)
+        if segment_ids is None and not has_segments(attention_mask):
+            return *inputs, None
+        finite = inputs.finite_tokens()
+        return *inputs.zero_unless(*finite, keep_finite=False), finite
+
+    def _spoilt(self, output, scores, like, finite, mask):
+        """Puts NaN where a query attends to tokens that were not finite."""
+        query, key = map(self._axes.fold_positions, finite)
+        spoilt = padding.spoilt_queries(query, key, padding.parts(mask, Segments))
+        if scores is not None:
+            scores = padding.nan_where(spoilt[:, None, :], scores)
+        spoilt = self._axes.unfold(spoilt[:, :, None, None], like)[..., 0, 0]
+        return padding.nan_where(spoilt, output), scores
 
     # ------------------------------------------------------------------ operands
 
@@ -784,15 +820,17 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_ranks(3, shapes)
         input_checks.check_feature_widths(self._widths, shapes)
         input_checks.check_input_shapes(self._axes, shapes["value"], *shapes.values())
-        cache = {
-            "key": ops.cast(self._key_heads(key), dtype),
-            "value": ops.cast(self.value_dense(value), dtype),
-        }
         if value_mask is not None:
             (value_mask,) = _from_lists(value_mask)
             input_checks.check_positions_mask(
                 "value_mask", value_mask, "value", shapes["value"]
             )
+            value, key = (padding.zero_unless(value_mask, x) for x in (value, key))
+        cache = {
+            "key": ops.cast(self._key_heads(key), dtype),
+            "value": ops.cast(self.value_dense(value), dtype),
+        }
+        if value_mask is not None:
             cache["mask"] = ops.cast(value_mask, "bool")
         return cache
 

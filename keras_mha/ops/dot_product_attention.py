@@ -18,7 +18,7 @@ from keras_mha._keras import (
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.ops import planner
+from keras_mha.ops import padding, planner
 
 
 def dot_product_attention(
@@ -44,7 +44,8 @@ def dot_product_attention(
         weights = softmax((logits + bias) where the mask allows)
         output  = dropout(weights) . value
 
-    A query that may attend to no key gets zeros, and zero gradients.
+    A query that may attend to no key gets zeros, and zero gradients. Keys and values
+    that `Padding` hides, or that are of other `Segments`, may hold anything, NaN too.
 
     Args:
         query: Shape `(B, T, N, H)`: batch, length, heads, width; floating point.
@@ -234,6 +235,19 @@ class DotProductAttention(keras.Operation):
 @backends.as_written
 def _attend(query, key, value, *, implementation, position_bias=None, **arguments):
     arguments["position_bias"] = position_bias
+    call = checked_call(query, key, value, **arguments)
+    call, spoilt = padding.without_padding(call)
+    output, scores = planner.plan(call, implementation).kernel(call)
+    if spoilt is not None:
+        output = padding.nan_where(spoilt, output)
+        if call.return_scores:
+            scores = padding.nan_where(spoilt[:, None], scores)
+    return (output, scores) if call.return_scores else output
+
+
+@backends.as_written
+def attend_without_padding(query, key, value, *, implementation, **arguments):
+    """Attends as `dot_product_attention` does, of numbers in which padding is zero."""
     call = checked_call(query, key, value, **arguments)
     output, scores = planner.plan(call, implementation).kernel(call)
     return (output, scores) if call.return_scores else output
