@@ -26,6 +26,8 @@ from keras.src.backend.common.global_state import get_global_attribute
 # What Keras's own random functions make of a seed: an int, a generator or None.
 from keras.src.random.seed_generator import draw_seed
 
+_NOTED = "shared_objects/id_to_config_map"
+
 Tensor: TypeAlias = Any
 """A tensor of the current backend, a NumPy array or a `keras.KerasTensor`."""
 
@@ -71,15 +73,23 @@ def is_integer(x: Tensor) -> bool:
     return "int" in dtype_name(x)
 
 
-def serialized(layer: Any) -> Any:
-    """Returns what a config holds of a layer that may belong to several others.
+def is_in_sharing_scope() -> bool:
+    """Whether Keras is writing or reading a model, and finds out what is shared."""
+    return get_global_attribute(_NOTED) is not None
 
-    While Keras writes a model this is the layer itself: Keras finds out by itself which
-    layers share it, and gives all of them the same one again.
+
+def note_shared(layer: keras.layers.Layer) -> None:
+    """Tells Keras, while it writes a model, that several others share a layer.
+
+    Keras finds out when it meets the layer again. Then it is too late where it met it
+    first in a nested model, whose config is a copy by now.
     """
-    if get_global_attribute("shared_objects/id_to_config_map") is not None:
-        return layer
-    return keras.saving.serialize_keras_object(layer)
+    get_global_attribute(_NOTED).setdefault(id(layer), {})
+
+
+def is_called_by_itself(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is part of a Functional model's graph, itself."""
+    return bool(layer._inbound_nodes)
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -109,10 +119,12 @@ __all__ = [
     "draw_seed",
     "dtype_name",
     "get_keras_mask",
+    "is_called_by_itself",
     "is_float",
+    "is_in_sharing_scope",
     "is_integer",
     "is_symbolic",
     "losses_kept",
-    "serialized",
+    "note_shared",
     "set_keras_mask",
 ]

@@ -10,6 +10,7 @@ are called anew.
 import contextlib
 import copy as shallow
 import functools
+import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator
@@ -50,17 +51,25 @@ _LIBRARIES = ("builtins", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torc
 class ModelCopy:
     """Copies a model, each of its objects once.
 
-    Copied are layers, variables, metrics, optimizers, seed generators, symbolic
-    tensors, and the containers, methods, functions and other objects that hold them.
+    Copied are layers, variables (a backend's own too), metrics, optimizers, seed
+    generators, symbolic tensors, and the containers, methods, functions and other
+    objects that hold them.
     All else (vocabularies, arrays, functions of global names) is what the original has.
     """
 
     def __init__(self):
         self.copies = {}  # by the id of the original
         self._originals = []  # keeps the ids from being used again
+        self._variables = []  # those that Keras knows of
 
     def copy_apart(self, model: Layer) -> Layer:
         """Returns a model's copy that holds nothing of it, or raises."""
+        # Not its `variables`, which never end where layers hold each other.
+        self._variables = [
+            variable
+            for layer in model._flatten_layers()
+            for variable in layer._trainable_variables + layer._non_trainable_variables
+        ]
         copy = self.copy(model)
         self._check_apart(copy)
         return copy
@@ -74,6 +83,8 @@ class ModelCopy:
         for kind, method in self._kinds():
             if isinstance(x, kind):
                 return self.remember(x, method(x))
+        if _is_variable_of_a_backend(x):
+            return self.remember(x, self._variable_of_a_backend(x))
         self._check_copies(x)
         return self.remember(x, self._object(x)) if _holds_parts(x) else x
 
@@ -172,7 +183,11 @@ class ModelCopy:
             elif name in made:
                 if name in _CHANGED or (name != "_lock" and isinstance(value, _PLAIN)):
                     Layer.__setattr__(new, name, value)
-            elif id(value) in tracked or hasattr(value, "tracker"):
+            elif (
+                id(value) in tracked
+                or hasattr(value, "tracker")
+                or _is_variable_of_a_backend(value)  # the backend tracks those
+            ):
                 Layer.__setattr__(new, name, self.copy(value))
             else:
                 vars(new)[name] = self.copy(value)
@@ -197,6 +212,24 @@ class ModelCopy:
             )
         copy_rules(variable, new)
         return new
+
+    def _variable_of_a_backend(self, variable: Any) -> Any:
+        """Returns the copy of a variable that Keras does not know of, or hides."""
+        for keras_variable in self._variables:
+            if keras_variable.value is variable:
+                return self.copy(keras_variable).value
+        if not _is_of_tensorflow(variable):
+            return shallow.deepcopy(variable)
+        # Its `deepcopy` would forget which lengths may change.
+        return sys.modules["tensorflow"].Variable(
+            variable.read_value(),
+            trainable=variable.trainable,
+            name=variable.name.removesuffix(":0"),
+            shape=variable.shape,
+            constraint=self.copy(variable.constraint),
+            synchronization=variable.synchronization,
+            aggregation=variable.aggregation,
+        )
 
     def _seed_generator(self, generator: keras.random.SeedGenerator):
         new = type(generator).from_config(generator.get_config())
@@ -339,7 +372,7 @@ class ModelCopy:
         parts = {
             id(x)
             for x in self._originals
-            if isinstance(x, _PARTS) and self.copies[id(x)] is not x
+            if _is_part(x) and self.copies[id(x)] is not x
         }
         seen, waiting = set(), [copy]
         while waiting:
@@ -398,12 +431,27 @@ def _holds_parts(x: Any) -> bool:
     seen, waiting = set(), list(_held_by(x)) if hasattr(x, "__dict__") else []
     while waiting:
         held = waiting.pop()
-        if isinstance(held, _PARTS):
+        if _is_part(held):
             return True
         if id(held) not in seen:
             seen.add(id(held))
             waiting.extend(_held_by(held))
     return False
+
+
+def _is_part(x: Any) -> bool:
+    return isinstance(x, _PARTS) or _is_variable_of_a_backend(x)
+
+
+def _is_variable_of_a_backend(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    is_of_torch = torch is not None and isinstance(x, torch.nn.Parameter)
+    return is_of_torch or _is_of_tensorflow(x)
+
+
+def _is_of_tensorflow(x: Any) -> bool:
+    tensorflow = sys.modules.get("tensorflow")
+    return tensorflow is not None and isinstance(x, tensorflow.Variable)
 
 
 def _is_functional(layer: Layer) -> bool:
@@ -419,11 +467,14 @@ def _is_of_training(layer: Layer, name: str, value: Any) -> bool:
 
 
 def _attributes(layer: Layer) -> Iterator[tuple[str, Any]]:
-    """Yields a layer's attributes; on PyTorch layers are kept apart from the others."""
-    attributes = vars(layer)
-    for name, value in (*attributes.items(), *attributes.get("_modules", {}).items()):
-        if not name.startswith(_BACKENDS_OWN):
-            yield name, value
+    """Yields a layer's attributes, which PyTorch keeps in several places."""
+    kept = [vars(layer)]
+    if keras.backend.backend() == "torch":
+        kept += [layer._modules, layer._parameters]
+    for attributes in kept:
+        for name, value in tuple(attributes.items()):
+            if not name.startswith(_BACKENDS_OWN):
+                yield name, value
 
 
 def value_of(variable: keras.Variable) -> np.ndarray:

@@ -13,7 +13,6 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     get_keras_mask,
-    serialized,
     set_keras_mask,
 )
 from keras_mha.biases import Bias
@@ -27,6 +26,7 @@ from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
+from keras_mha.layers.sharing import copy_in_place
 from keras_mha.masks import (
     Causal,
     Dense,
@@ -100,7 +100,8 @@ class MultiHeadAttention(keras.layers.Layer):
             Query head n reads key and value head n // (N / K): grouped-query
             attention, with 1 multi-query attention. Defaults to `num_heads`.
         position: Says where tokens stand: a `keras_mha.RotaryEmbedding`, a
-            `keras_mha.ALiBi` or a `keras_mha.RelativePositionBias`. Defaults to `None`.
+            `keras_mha.ALiBi` or a `keras_mha.RelativePositionBias`. Several layers may
+            be given the same one; copies of them share one too. Defaults to `None`.
         qk_norm: Normalises each query and key head over its width before the scores:
             `"rms"` or `"layer"` (each with a learned scale), or `"l2"` (unit length:
             the scores are cosine similarities). Defaults to `None`.
@@ -244,6 +245,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self._scale = _optional(_checks.number, "scale", scale)
         self.seed = _optional(_checks.integer, "seed", seed)
         self.position = self._checked_position(position)
+        self._place = None if position is None else position.take_place()
 
         self._kernel_initializer = keras.initializers.get(kernel_initializer)
         self._bias_initializer = keras.initializers.get(bias_initializer)
@@ -1065,17 +1067,19 @@ class MultiHeadAttention(keras.layers.Layer):
             if getattr(self, f"_{name}") != default
         }
         if self.position is not None:
-            beyond["position"] = serialized(self.position)
+            beyond["position"] = self.position.config_in(self._place)
         return {**super().get_config(), **config, **beyond, **self._dtype_config()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MultiHeadAttention":
         """Makes the layer that `get_config` described."""
-        config = dict(config)
+        config, place = dict(config), None
         if isinstance(config.get("position"), dict):
-            position = keras.saving.deserialize_keras_object(config["position"])
-            config["position"] = position
-        return super().from_config(config)
+            config["position"], place = copy_in_place(config["position"])
+        layer = super().from_config(config)
+        if place is not None:
+            layer._place = place
+        return layer
 
     def _dtype_config(self) -> dict[str, Any]:
         """The dtype policy with what `quantize()` has made of the projections."""

@@ -11,10 +11,11 @@ from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor
 from keras_mha.biases import Bias, ByDistance, Positions, Slopes
 from keras_mha.layers.position_ids import checked_ids
+from keras_mha.layers.sharing import Shareable
 from keras_mha.masks import whole_tile
 
 
-class PositionBias(keras.layers.Layer):
+class PositionBias(Shareable):
     """Base of the layers whose bias follows from where query and key stand.
 
     Args:

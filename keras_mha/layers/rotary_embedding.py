@@ -11,11 +11,12 @@ from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_float
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
+from keras_mha.layers.sharing import Shareable
 from keras_mha.ops.tensors import known_numbers
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
-class RotaryEmbedding(keras.layers.Layer):
+class RotaryEmbedding(Shareable):
     """Rotates pairs of features of queries and keys by where they stand.
 
         angle_i = position * max_wavelength^(-2i / rotary_dim)

@@ -359,12 +359,17 @@ class TestSharing:
         with pytest.raises(ValueError, match=r"`model` holds weights of a backend's"):
             interop.convert_model(model)
 
-    @only_tensorflow
-    def test_weights_of_tensorflows_own_are_refused(self):
-        import tensorflow as tf
+    @only_torch
+    def test_modules_of_torch_are_refused_in_objects_too(self):
+        import torch
+
+        class Own(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.weight = torch.nn.Parameter(torch.ones(2))
 
         layer = Block(layers.MultiHeadAttention(2, 4))
-        layer.count = tf.Variable(1.0)
+        layer.helper = types.SimpleNamespace(module=Own())
         with pytest.raises(ValueError, match=r"`model` holds weights of a backend's"):
             interop.convert_model(layer)
 
@@ -383,6 +388,121 @@ class TestSharing:
 
         with pytest.raises(ValueError, match="`model` holds a compiled or cached"):
             interop.convert_model(Compiled())
+
+
+def backends_variable(value):
+    """A variable as the masked autoencoder of keras.io holds one."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.Variable(value)
+    import torch
+
+    return torch.nn.Parameter(torch.tensor(value))
+
+
+HOLDERS = {
+    "attribute": (lambda x: x, lambda x: x),
+    "list": (lambda x: [x], lambda x: x[0]),
+    "dictionary": (lambda x: {"token": x}, lambda x: x["token"]),
+    "object": (lambda x: types.SimpleNamespace(token=x), lambda x: x.token),
+}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="JAX has no variables of its own"
+)
+class TestVariablesOfABackend:
+    """Those that Keras does not know of are copied too."""
+
+    @staticmethod
+    def layer_with(held):
+        class Encoder(layers.Layer):
+            def __init__(self):
+                super().__init__()
+                self.attention = layers.MultiHeadAttention(2, 4)
+                self.held = held
+
+        return Encoder()
+
+    @pytest.mark.parametrize("holder", HOLDERS)
+    def test_wherever_they_are_held(self, holder):
+        hold, held = HOLDERS[holder]
+        layer = self.layer_with(hold(backends_variable([1.0, 2.0])))
+        new, _ = interop.convert_model(layer)
+        old, copy = held(layer.held), held(new.held)
+        assert type(copy) is type(old)
+        assert copy is not old
+        old_numbers = keras.ops.convert_to_numpy(old)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(copy), [1, 2])
+        new_numbers = backends_variable([5.0, 6.0])
+        if keras.backend.backend() == "tensorflow":
+            copy.assign(new_numbers)
+        else:
+            copy.data.copy_(new_numbers.data)
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(copy), [5, 6])
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(old), old_numbers)
+
+    def test_one_held_twice_stays_one(self):
+        variable = backends_variable([1.0])
+        layer = self.layer_with([variable, variable])
+        new, _ = interop.convert_model(layer)
+        assert new.held[0] is new.held[1]
+
+    def test_what_is_behind_a_variable_of_keras_stays_so(self):
+        dense = layers.Dense(2)
+        dense.build((None, 3))
+        # What holds the tensor may come before or after the layer.
+        layer = self.layer_with([dense.kernel.value, dense, dense.bias.value])
+        new, _ = interop.convert_model(layer)
+        kernel, dense, bias = new.held
+        assert kernel is dense.kernel.value
+        assert bias is dense.bias.value
+
+    @only_tensorflow
+    def test_all_that_tensorflow_knows_of_one(self):
+        import tensorflow as tf
+
+        names = ("name", "shape", "trainable", "constraint", "aggregation")
+        variable = tf.Variable(
+            ["a", "b"],
+            name="x/y",
+            shape=[None],
+            trainable=False,
+            aggregation=tf.VariableAggregation.SUM,
+        )
+        layer = self.layer_with(variable)
+        new, _ = interop.convert_model(layer)
+        for name in names:
+            assert getattr(new.held, name) == getattr(variable, name)
+        assert "held" in new._trackable_children()
+
+    @only_torch
+    def test_torch_knows_the_copy(self):
+        layer = self.layer_with(backends_variable([1.0]).requires_grad_(False))
+        new, _ = interop.convert_model(layer)
+        assert dict(new.named_parameters())["held"] is new.held
+        assert not new.held.requires_grad
+
+
+class TestPositions:
+    def test_a_position_that_layers_of_ours_share_stays_one(self):
+        position = keras_mha.RelativePositionBias()
+        x = keras.Input((5, 16))
+        y = layers.MultiHeadAttention(2, 4)(x, x)
+        for _ in range(2):
+            y = keras_mha.MultiHeadAttention(2, 4, position=position)(y)
+        model = with_random_weights(keras.Model(x, y))
+        new, _ = interop.convert_model(model)
+        assert len(new.weights) == len(model.weights)
+        old = [layer.get_config() for layer in model.layers[2:]]
+        assert [layer.get_config() for layer in new.layers[2:]] == old
+        data = normal(2, 5, 16)
+        clone = keras.models.clone_model(new)
+        clone.set_weights(model.get_weights())
+        assert largest_difference(model(data), clone(data)) <= 1e-5
+        assert clone.layers[2].position is clone.layers[3].position
+        assert clone.layers[2].position is not new.layers[2].position
 
 
 class TestState:
