@@ -21,6 +21,7 @@ from keras_mha.kernels.call import AttentionCall
 from keras_mha.layers import recording
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.masks import Tile
+from keras_mha.ops import planner
 from keras_mha.ops.dot_product_attention import checked_call
 
 # How many scores are worked out at a time: 64 MiB of them in float32.
@@ -158,6 +159,7 @@ class _Watcher:
             return
         try:
             call = checked_call(query, key, value, **arguments)
+            planner.plan(call, "reference")  # raises where it would see a part only
             self._maps[name] = self._weights(call, f"layer {name!r}")
         except Exception as error:
             self._error = error

@@ -36,6 +36,12 @@ def refusal(call: AttentionCall) -> str | None:
     return _KERNEL.refusal(call)
 
 
+def refusal_of_parts(call: AttentionCall) -> str | None:
+    """Returns why the fused kernel cannot run this call where each process has a part
+    of the sequences (`backends.splits_sequences`), or `None` if it can."""
+    return _KERNEL.refusal_of_parts(call)
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, None]:
     """Runs one call of attention.
 

@@ -6,7 +6,7 @@ keys from the first to the last that any of them may see and a mask of this size
 """
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn import functional  # looked into when called: others replace what is there
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels.backends.torch import first_order_only, is_exporting
@@ -33,6 +33,14 @@ def refusal(call: AttentionCall) -> str | None:
     return None
 
 
+def refusal_of_parts(call: AttentionCall) -> str | None:
+    """Returns why torch's `context_parallel` cannot join what the processes attend to,
+    or `None` if it can."""
+    if call.has_bias or not (call.mask is None or _is_causal(call)):
+        return "it knows no bias, and no mask but the causal one"
+    return None
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
     query, key, value = (
@@ -43,7 +51,7 @@ def attend(call: AttentionCall) -> Tensor:
         # Only of one width does the kernel take them; zeros change no product.
         most = max(width, value_width)
         query, key, value = (
-            pad(x, (0, most - x.shape[3])) for x in (query, key, value)
+            functional.pad(x, (0, most - x.shape[3])) for x in (query, key, value)
         )
     whole = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
     if _is_short(call):
@@ -95,7 +103,7 @@ def _attend_tile(call, tile, query, key, value):
     """Attends from the tile's rows to its columns; tensors are `(B, heads, ...)`."""
     causal = tile.whole and _is_causal(call)
     mask, seen = (None, None) if causal else _torch_mask(call, tile)
-    output = scaled_dot_product_attention(
+    output = functional.scaled_dot_product_attention(
         query,
         key,
         value,

@@ -283,7 +283,10 @@ class RelativePositionBias(PositionBias):
     def bias(
         self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
     ) -> Bias:
-        table = ops.convert_to_tensor(self.table)
+        # Shaped as it is already: TensorFlow else hands the gradient on as slices, one
+        # for each distance, which Keras's optimizers apply otherwise than their sum.
+        shape = self.num_buckets, self.num_heads
+        table = ops.reshape(ops.convert_to_tensor(self.table), shape)
         buckets = ops.convert_to_tensor(self._buckets, dtype="int32")
         values = ops.transpose(ops.take(table, buckets, axis=0))
         return ByDistance(values, Positions(query_positions, key_positions))

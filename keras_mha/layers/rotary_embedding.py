@@ -12,7 +12,7 @@ from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_flo
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
 from keras_mha.layers.sharing import Shareable
-from keras_mha.ops.tensors import known_numbers
+from keras_mha.ops.tensors import known_numbers, splits_sequences
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -282,6 +282,12 @@ class RotaryEmbedding(Shareable):
 
 
 def _counted(heads: Tensor) -> Tensor:
+    if splits_sequences():
+        raise ValueError(
+            "`position_ids` must be given within torch's context_parallel, as one of "
+            "its buffers: a process has a part of the sequences and cannot count from "
+            "0. Received: position_ids=None"
+        )
     # With a start, which jax2onnx does not do without.
     return ops.arange(0, ops.shape(heads)[1], dtype="int32")[None]
 

@@ -45,9 +45,17 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
         The plan.
 
     Raises:
-        ValueError: If the implementation asked for cannot run this call.
+        ValueError: If the implementation asked for cannot run this call, or none can
+            where each process has a part of the sequences.
     """
     _checks.choice("implementation", implementation, IMPLEMENTATIONS)
+    plan = _plan(call, implementation)
+    if backends.current().splits_sequences():
+        _check_parts(call, plan)
+    return plan
+
+
+def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     if implementation == "reference":
         return Plan("reference", "asked for", reference.attend)
     fused_refusal = fused.refusal(call)
@@ -82,6 +90,22 @@ def _without_fused(
         reason = f"{fused_refusal}; tiles pay from {few} scores a head"
         return Plan("reference", reason, reference.attend)
     return Plan("blockwise", fused_refusal, blockwise.attend)
+
+
+def _check_parts(call: AttentionCall, plan: Plan) -> None:
+    """Raises where a call would silently attend within each process's part alone."""
+    refusal = plan.reason
+    if plan.implementation == "fused":
+        refusal = fused.refusal_of_parts(call)
+        if refusal is None:
+            return
+    raise ValueError(
+        "Within torch's context_parallel a call can have no dropout, scores, soft cap, "
+        "sink or bias, and no mask but the causal one: only torch's own kernel then "
+        "sees all processes' keys, and any other would attend within each process's "
+        "part of the sequences. Leave these out, or call outside of context_parallel. "
+        f"Received: a call for the {plan.implementation} kernel ({refusal})"
+    )
 
 
 def _raise_if(refusal: str | None, wish: str) -> None:

@@ -27,6 +27,12 @@ def plain(x: Tensor) -> Tensor:
     return backends.current().plain(x)
 
 
+def splits_sequences() -> bool:
+    """Whether each process sees a part of the sequences, unknown to its program, as in
+    torch's `context_parallel`."""
+    return backends.current().splits_sequences()
+
+
 def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """Returns `x` with one element of each row of the batch replaced.
 

@@ -134,6 +134,66 @@ def test_a_window_can_be_exported_with_a_dynamic_length():
     )
 
 
+# ------------------------------------------------------- what others put in its place
+# Profilers and tracers wrap torch's function, torch's context_parallel replaces it.
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    """The names of torch's functions that are called, from now on."""
+    from torch.nn import functional
+
+    called = []
+
+    def wrap(name):
+        function = getattr(functional, name)
+
+        def wrapper(*args, **kwargs):
+            called.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(functional, name, wrapper)
+
+    wrap("scaled_dot_product_attention")
+    wrap("pad")
+    return called
+
+
+@only_torch
+@pytest.mark.parametrize("implementation", ["auto", "flash", "fused"])
+def test_a_function_put_in_place_of_torchs_is_called(wrapped, implementation):
+    arrays = [RNG.normal(size=shape) for shape in ((1, 6, 2, 8), (1, 6, 2, 8))]
+    tensors = [to_tensor(x) for x in (*arrays, arrays[1][..., :5])]
+    keras_mha.dot_product_attention(*tensors, implementation=implementation)
+    assert wrapped == ["pad"] * 3 + ["scaled_dot_product_attention"]
+
+
+@only_torch
+def test_a_function_put_in_place_of_torchs_is_called_for_slices(wrapped, small_slices):
+    function = lambda *x: keras_mha.dot_product_attention(  # noqa: E731
+        *x, mask=masks.SlidingWindow(4), implementation="fused"
+    )
+    arrays = [RNG.normal(size=(1, 40, 2, 8)) for _ in range(3)]
+    outputs_and_gradients(function, arrays, [np.ones((1, 40, 2, 8))])
+    assert wrapped == ["scaled_dot_product_attention"] * 6  # forward, and once more
+
+
+@only_torch
+@pytest.mark.parametrize("length", [6, 40])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_function_put_in_place_of_torchs_is_called_by_the_layer(
+    length, compiled, small_slices, request
+):
+    layer = keras_mha.MultiHeadAttention(2, 8)
+    layer.build((1, length, 8))
+    call = backend_jit(layer) if compiled else layer
+    x = to_tensor(RNG.normal(size=(1, length, 8)))
+    before = to_numpy(call(x, use_causal_mask=True))
+    called = request.getfixturevalue("wrapped")  # only now: a program is kept
+    np.testing.assert_allclose(to_numpy(call(x, use_causal_mask=True)), before)
+    assert called == ["scaled_dot_product_attention"]
+
+
 # --------------------------------------------------------------------- JAX and cuDNN
 # No GPU is asked here: what is tested is which calls go to cuDNN's kernel, and how.
 
@@ -200,6 +260,24 @@ def test_what_cudnn_is_given(mask, cudnn, monkeypatch):
         "is_causal": mask is not None,
         "implementation": "cudnn",
     }
+
+
+@only_jax
+def test_the_layer_calls_the_function_that_stands_in_jax_then(cudnn, monkeypatch):
+    import jax
+
+    layer = keras_mha.MultiHeadAttention(2, 8, dtype="bfloat16")
+    x = to_tensor(RNG.normal(size=(1, 6, 8)), "bfloat16")
+    layer.build(x.shape)
+    called = []
+
+    def kernel(query, key, value, **options):
+        called.append(options["implementation"])
+        return value
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    layer(x, use_causal_mask=True)
+    assert called == ["cudnn"]
 
 
 @only_tensorflow

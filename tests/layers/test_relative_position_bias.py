@@ -15,6 +15,7 @@ import keras_mha
 from tests import oracle
 from tests.helpers import (
     call_at_once,
+    only_tensorflow,
     outputs_and_gradients,
     to_numpy,
     to_tensor,
@@ -180,6 +181,60 @@ FULL = {
     "name": "distances",
     "trainable": False,
 }
+
+
+IDS = np.array([[3, 1, 4, 1, 5]])
+
+
+def attention(**arguments: Any) -> Any:
+    position = keras_mha.RelativePositionBias(num_buckets=4, max_distance=4)
+    layer = keras_mha.MultiHeadAttention(2, 4, position=position, **arguments)
+    layer.build((1, 5, 3))
+    return layer, position
+
+
+def by_itself(*ids: np.ndarray) -> Any:
+    layer = made(num_buckets=4, max_distance=4)
+    return layer, lambda: layer(*(to_tensor(each) for each in ids))
+
+
+def in_attention(**arguments: Any) -> Any:
+    call_arguments = {"position_ids": arguments.pop("position_ids", None)}
+    layer, position = attention(**arguments)
+    x = to_tensor(draw(1, 5, 3))
+    return position, lambda: layer(x, **call_arguments)
+
+
+@only_tensorflow
+@pytest.mark.parametrize("compiled", [None, "graph", "xla"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: by_itself(np.arange(5)),
+        lambda: by_itself(IDS),
+        lambda: in_attention(),
+        lambda: in_attention(flash_attention=True),  # tiles
+        lambda: in_attention(position_ids=to_tensor(IDS)),
+        lambda: in_attention(dtype="mixed_float16"),
+    ],
+    ids=["counted", "given", "whole", "tiles", "layer and ids", "half"],
+)
+def test_the_tables_gradient_is_dense(make, compiled):
+    import tensorflow as tf
+
+    layer, call = make()
+    found = []
+
+    def gradient():
+        with tf.GradientTape() as tape:
+            output = tf.reduce_sum(tf.cast(call(), "float32") ** 2)
+        found.append(tape.gradient(output, layer.table.value))
+        return tf.convert_to_tensor(found[0])
+
+    if compiled:
+        gradient = tf.function(gradient, jit_compile=compiled == "xla")
+    assert np.abs(to_numpy(gradient())).max() > 0
+    assert isinstance(found[0], tf.Tensor)  # not tf.IndexedSlices
 
 
 def test_config_comes_back():

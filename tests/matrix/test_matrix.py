@@ -54,3 +54,13 @@ class TestAnArchive:
         loaded = np.load(folder / f"{writer}-by-{reader}.npz")
         assert kept["losses"][1] < kept["losses"][0]
         np.testing.assert_allclose(loaded["losses"], kept["losses"], atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi", "relative"])
+def test_each_position_trains_alike(folder, position):
+    trained = [
+        np.load(folder / f"trained-by-{each}.npz")[position] for each in BACKENDS
+    ]
+    assert np.abs(trained[0]).max() > 0.1
+    for other in trained[1:]:
+        np.testing.assert_allclose(other, trained[0], atol=1e-5)

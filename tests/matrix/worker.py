@@ -7,6 +7,9 @@
 never was saved gives is kept as `<backend>-kept.npz`. `read` loads every archive in the
 folder and records what it gives here as `<archive>-by-<backend>.npz`. What is recorded
 is the outputs and the losses of two more epochs.
+
+`write` also trains a small model with each kind of position, from weights that are the
+same on every backend; what it predicts then is kept as `trained-by-<backend>.npz`.
 """
 
 import sys
@@ -31,6 +34,14 @@ SCALING = {
     "rope_type": "yarn",
     "factor": 2.0,
     "original_max_position_embeddings": 4,
+}
+
+
+POSITIONS = {
+    "rotary": keras_mha.RotaryEmbedding,
+    "alibi": keras_mha.ALiBi,
+    # Several of the distances share a bucket.
+    "relative": lambda: keras_mha.RelativePositionBias(num_buckets=4, max_distance=4),
 }
 
 
@@ -100,6 +111,7 @@ def write(folder: Path) -> None:
     train(model, epochs=2)
     model.save(folder / f"{BACKEND}.keras")
     record(model, folder / f"{BACKEND}-kept.npz")
+    train_positions(folder)
 
 
 def read(folder: Path) -> None:
@@ -107,6 +119,23 @@ def read(folder: Path) -> None:
         model = keras.saving.load_model(archive, custom_objects=OPTIMIZER)
         model.jit_compile = JIT_COMPILE
         record(model, folder / f"{archive.stem}-by-{BACKEND}.npz")
+
+
+def train_positions(folder: Path) -> None:
+    """A dozen steps of Adam, to which a sum of gradients is not the same as parts."""
+    (tokens, _), labels = data()
+    predictions = {}
+    for name, position in POSITIONS.items():
+        x = keras.Input((7, 10))
+        attended = keras_mha.MultiHeadAttention(2, 8, position=position())(x)
+        model = keras.Model(x, keras.layers.Dense(3)(attended[:, -1]))
+        generator = np.random.default_rng(1)
+        for weight in model.weights:
+            weight.assign(0.3 * generator.normal(size=weight.shape))
+        model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=JIT_COMPILE)
+        model.fit(tokens, np.eye(3)[labels], 8, epochs=3, shuffle=False, verbose=0)
+        predictions[name] = model.predict(tokens, verbose=0)
+    np.savez(folder / f"trained-by-{BACKEND}.npz", **predictions)
 
 
 if __name__ == "__main__":

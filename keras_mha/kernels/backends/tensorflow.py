@@ -125,6 +125,11 @@ def on_cpu(x: Any) -> bool:
     return not tf.config.list_logical_devices("GPU")
 
 
+def splits_sequences() -> bool:
+    """Whether each process sees a part of the sequences, unknown to its program."""
+    return False  # TensorFlow has no such thing
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -131,6 +132,14 @@ def is_exporting() -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return x.device.type == "cpu"
+
+
+def splits_sequences() -> bool:
+    """Whether each process sees a part of the sequences, unknown to its program."""
+    # In `context_parallel` a function of torch.distributed stands in for torch's own.
+    function = torch.nn.functional.scaled_dot_product_attention
+    is_python = isinstance(function, types.FunctionType)
+    return is_python and str(function.__module__).startswith("torch.distributed.")
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
