@@ -33,6 +33,7 @@ from keras_mha.masks import (
     Padding,
     Segments,
     SlidingWindow,
+    as_booleans,
     intersect,
 )
 from keras_mha.ops.dot_product_attention import dot_product_attention
@@ -121,7 +122,7 @@ class MultiHeadAttention(keras.layers.Layer):
             carries. All masks given count together.
         attention_mask: Booleans (`True` = may attend) of shape `(T, S)`, `(B, T, S)`
             or `(B, N, T, S)`, or a `keras_mha.masks.Mask`. Whole numbers count as
-            booleans.
+            booleans, and so do 0.0 and 1.0; numbers below 0 are `attention_bias`.
         return_attention_scores: Whether to return the attention weights too. Asking
             for them does not change the output.
         training: Whether dropout is on.
@@ -500,6 +501,9 @@ class MultiHeadAttention(keras.layers.Layer):
                 "cache": cache,
             },
         )
+        query_mask = as_booleans("query_mask", query_mask)
+        value_mask = as_booleans("value_mask", value_mask)
+        key_mask = as_booleans("key_mask", key_mask)
         if value is None:
             value = query
             value_mask = query_mask if value_mask is None else value_mask
@@ -790,6 +794,7 @@ class MultiHeadAttention(keras.layers.Layer):
             input_checks.check_positions_mask(
                 "value_mask", value_mask, "value", shapes["value"]
             )
+            value_mask = as_booleans("value_mask", value_mask)
             cache["mask"] = ops.cast(value_mask, "bool")
         return cache
 
@@ -816,6 +821,7 @@ class MultiHeadAttention(keras.layers.Layer):
     def _attention_mask(self, mask, query, value) -> Mask | None:
         if mask is None or isinstance(mask, Mask):
             return mask
+        mask = as_booleans("attention_mask", mask, warn=True)
         if not self._axes.is_plain:
             mask = ops.reshape(mask, self._axes.expand_mask(tuple(ops.shape(mask))))
             mask = self._axes.fold_scores(mask, query, value)

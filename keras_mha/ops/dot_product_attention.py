@@ -364,7 +364,12 @@ def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _as_mask(mask: Any) -> Any:
     """Returns a Mask or None; a placeholder of a Functional model stays as it is."""
-    return mask if mask is None or is_symbolic(mask) else masks.as_mask(mask)
+    if mask is None or is_symbolic(mask):
+        return mask
+    tensor = None if isinstance(mask, masks.Mask) else as_tensor(mask)
+    return masks.as_mask(
+        mask if tensor is None else masks.as_booleans("mask", tensor, warn=True)
+    )
 
 
 def _as_bias(bias: Any) -> Tensor:
