@@ -23,6 +23,9 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 # Where Keras notes, while it writes a model, which objects several layers share.
 from keras.src.backend.common.global_state import get_global_attribute
 
+# Under which a `keras.Variable` gives its numbers in the compute dtype of a layer.
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
+
 # What Keras's own random functions make of a seed: an int, a generator or None.
 from keras.src.random.seed_generator import draw_seed
 
@@ -71,6 +74,18 @@ def is_integer(x: Tensor) -> bool:
     return "int" in dtype_name(x)
 
 
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Lets variables keep their precision inside a layer under a mixed policy."""
+    if get_autocast_scope() is None:
+        return contextlib.nullcontext()
+    return AutocastScope(None)
+
+
+def convert_no_inputs(layer: keras.layers.Layer) -> None:
+    """Has Keras leave alone what a layer is called with."""
+    layer._convert_input_args = False
+
+
 def serialized(layer: Any) -> Any:
     """Returns what a config holds of a layer that may belong to several others.
 
@@ -106,6 +121,7 @@ __all__ = [
     "all_layers",
     "as_tensor",
     "at_least_float32",
+    "convert_no_inputs",
     "draw_seed",
     "dtype_name",
     "get_keras_mask",
@@ -115,4 +131,5 @@ __all__ = [
     "losses_kept",
     "serialized",
     "set_keras_mask",
+    "without_autocast",
 ]

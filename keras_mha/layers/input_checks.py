@@ -65,6 +65,15 @@ def check_feature_widths(expected: dict[str, int], shapes: dict[str, Shape]) -> 
             )
 
 
+def check_numbers(name: str, x: Tensor) -> None:
+    """Raises unless an input holds what can be cast to floating-point numbers."""
+    if not (is_float(x) or is_integer(x) or dtype_name(x) == "bool"):
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers, integers or booleans. "
+            f"Received: {name} of dtype {dtype_name(x)}"
+        )
+
+
 def check_ranks(rank: int, shapes: dict[str, Shape]) -> None:
     """Raises unless each input has as many axes as the layer was built for."""
     for name, shape in shapes.items():

@@ -14,6 +14,7 @@ from keras_mha._keras import (
     dtype_name,
     is_float,
     is_symbolic,
+    without_autocast,
 )
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
@@ -234,8 +235,11 @@ class DotProductAttention(keras.Operation):
 @backends.as_written
 def _attend(query, key, value, *, implementation, position_bias=None, **arguments):
     arguments["position_bias"] = position_bias
-    call = checked_call(query, key, value, **arguments)
-    output, scores = planner.plan(call, implementation).kernel(call)
+    # Before variables keep their precision, which biases and masks may hold.
+    query, key, value = _as_float_tensors(query, key, value)
+    with without_autocast():
+        call = checked_call(query, key, value, **arguments)
+        output, scores = planner.plan(call, implementation).kernel(call)
     return (output, scores) if call.return_scores else output
 
 
@@ -258,10 +262,7 @@ def checked_call(
 
     The arguments are those of `dot_product_attention`.
     """
-    query, key, value = (
-        _as_float_tensor(name, x)
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    query, key, value = _as_float_tensors(query, key, value)
     _check_shapes(query, key, value)
     query, key, value = _promoted(query, key, value)
     if scale is None:
@@ -311,6 +312,11 @@ def _checked_position_bias(bias: Any) -> Bias | None:
 
 def _as_float_tensor(name: str, x: Any) -> Tensor:
     tensor = x if is_symbolic(x) or ops.is_tensor(x) else as_tensor(x)
+    if tensor is None and hasattr(x, "dtype"):  # complex numbers, or text
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers. "
+            f"Received: {name} of dtype {x.dtype}"
+        )
     if tensor is None:
         raise TypeError(
             f"`{name}` must be a tensor of floating-point numbers. "
@@ -322,6 +328,11 @@ def _as_float_tensor(name: str, x: Any) -> Tensor:
             f"Received: {name} of dtype {dtype_name(tensor)}"
         )
     return tensor
+
+
+def _as_float_tensors(*inputs: Any) -> list[Tensor]:
+    names = "query", "key", "value"
+    return [_as_float_tensor(name, x) for name, x in zip(names, inputs, strict=True)]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
