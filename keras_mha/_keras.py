@@ -1,7 +1,8 @@
 """What this package needs of Keras and Keras does not export, in one place."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 try:
@@ -86,6 +87,39 @@ def convert_no_inputs(layer: keras.layers.Layer) -> None:
     layer._convert_input_args = False
 
 
+def told_as_it_is(method: Callable) -> Callable:
+    """Keeps Keras from wrapping the errors that this package raises in a method.
+
+    Keras would put them into the middle of a list of all arguments. The errors of
+    others (the layers and operations that the method calls) it wraps as ever.
+
+    Args:
+        method: `call`, `compute_output_spec` or `build` of a layer.
+    """
+
+    @functools.wraps(method)
+    def with_plain_errors(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            is_told = hasattr(error, "_keras_call_info_injected")
+            if not is_told and _is_our_own(error):
+                error._keras_call_info_injected = True
+                error.add_note(f"In {self.name!r} ({type(self).__name__}).")
+            raise
+
+    return with_plain_errors
+
+
+def _is_our_own(error: Exception) -> bool:
+    """Whether it was raised by this package's code rather than in what that calls."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] == __name__.split(".")[0]
+
+
 def serialized(layer: Any) -> Any:
     """Returns what a config holds of a layer that may belong to several others.
 
@@ -131,5 +165,6 @@ __all__ = [
     "losses_kept",
     "serialized",
     "set_keras_mask",
+    "told_as_it_is",
     "without_autocast",
 ]

@@ -18,6 +18,7 @@ from keras_mha._keras import (
     is_float,
     serialized,
     set_keras_mask,
+    told_as_it_is,
     without_autocast,
 )
 from keras_mha.biases import Bias
@@ -341,6 +342,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     # ------------------------------------------------------------------ weights
 
+    @told_as_it_is
     def build(
         self,
         query_shape: Shape,
@@ -468,6 +470,7 @@ class MultiHeadAttention(keras.layers.Layer):
         # All floating-point arguments are cast; a cache keeps a dtype of its own.
         return (*result[:-1], kv_cache.with_dtypes_of(result[-1], cache))
 
+    @told_as_it_is
     def call(
         self,
         query: Tensor,
@@ -961,6 +964,7 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_input_shapes(axes, *shapes)
         return (*shapes[0][:-1], *(self._output_shape or shapes[0][-1:]))
 
+    @told_as_it_is
     def compute_output_spec(
         self,
         query: Tensor,

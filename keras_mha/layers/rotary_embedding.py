@@ -8,7 +8,14 @@ import keras
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_float
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    at_least_float32,
+    dtype_name,
+    is_float,
+    told_as_it_is,
+)
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
 from keras_mha.ops.tensors import known_numbers
@@ -114,6 +121,7 @@ class RotaryEmbedding(keras.layers.Layer):
                 f"Received: rotary_dim={self.rotary_dim}, width {width}"
             )
 
+    @told_as_it_is
     def call(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         self._check_inputs(inputs)
         if position_ids is not None:
@@ -123,6 +131,7 @@ class RotaryEmbedding(keras.layers.Layer):
                 position_ids = position_ids[None]
         return self.rotate(inputs, position_ids)
 
+    @told_as_it_is
     def compute_output_spec(
         self, inputs: Tensor, position_ids: Tensor | None = None
     ) -> keras.KerasTensor:

@@ -14,6 +14,7 @@ from keras_mha._keras import (
     dtype_name,
     is_float,
     is_symbolic,
+    told_as_it_is,
     without_autocast,
 )
 from keras_mha.biases import Bias
@@ -198,11 +199,13 @@ class DotProductAttention(keras.Operation):
         super().__init__(name=name)
         self.options = options
 
+    @told_as_it_is
     def call(self, query, key, value, mask=None, bias=None, sink=None):
         return _attend(
             query, key, value, mask=mask, bias=bias, sink=sink, **self.options
         )
 
+    @told_as_it_is
     def compute_output_spec(self, query, key, value, mask=None, bias=None, sink=None):
         options = dict(self.options)
         implementation = options.pop("implementation")
