@@ -1,7 +1,8 @@
 """What this package needs of Keras and Keras does not export, in one place."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 try:
@@ -22,6 +23,9 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 
 # Where Keras notes, while it writes a model, which objects several layers share.
 from keras.src.backend.common.global_state import get_global_attribute
+
+# Under which a `keras.Variable` gives its numbers in the compute dtype of a layer.
+from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
 # What Keras's own random functions make of a seed: an int, a generator or None.
 from keras.src.random.seed_generator import draw_seed
@@ -73,6 +77,51 @@ def is_integer(x: Tensor) -> bool:
     return "int" in dtype_name(x)
 
 
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Lets variables keep their precision inside a layer under a mixed policy."""
+    if get_autocast_scope() is None:
+        return contextlib.nullcontext()
+    return AutocastScope(None)
+
+
+def convert_no_inputs(layer: keras.layers.Layer) -> None:
+    """Has Keras leave alone what a layer is called with."""
+    layer._convert_input_args = False
+
+
+def told_as_it_is(method: Callable) -> Callable:
+    """Keeps Keras from wrapping the errors that this package raises in a method.
+
+    Keras would put them into the middle of a list of all arguments. The errors of
+    others (the layers and operations that the method calls) it wraps as ever.
+
+    Args:
+        method: `call`, `compute_output_spec` or `build` of a layer.
+    """
+
+    @functools.wraps(method)
+    def with_plain_errors(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            is_told = hasattr(error, "_keras_call_info_injected")
+            if not is_told and _is_our_own(error):
+                error._keras_call_info_injected = True
+                error.add_note(f"In {self.name!r} ({type(self).__name__}).")
+            raise
+
+    return with_plain_errors
+
+
+def _is_our_own(error: Exception) -> bool:
+    """Whether it was raised by this package's code rather than in what that calls."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return module.split(".")[0] == __name__.split(".")[0]
+
+
 def is_in_sharing_scope() -> bool:
     """Whether Keras is writing or reading a model, and finds out what is shared."""
     return get_global_attribute(_NOTED) is not None
@@ -116,6 +165,7 @@ __all__ = [
     "all_layers",
     "as_tensor",
     "at_least_float32",
+    "convert_no_inputs",
     "draw_seed",
     "dtype_name",
     "get_keras_mask",
@@ -127,4 +177,6 @@ __all__ = [
     "losses_kept",
     "note_shared",
     "set_keras_mask",
+    "told_as_it_is",
+    "without_autocast",
 ]

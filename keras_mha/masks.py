@@ -31,6 +31,7 @@ from keras_mha._keras import (
     is_integer,
     is_symbolic,
 )
+from keras_mha.ops.tensors import known_numbers
 
 Status = Literal["empty", "full", "mixed"]
 """What a mask says of a tile: no pair may attend, every pair may, or it depends."""
@@ -326,6 +327,7 @@ class Padding(Mask):
 
     def __post_init__(self):
         _hold_tensor(self, "valid", rank=2)
+        object.__setattr__(self, "valid", as_booleans("valid", self.valid))
 
     def block(self, tile):
         valid = tile.cut_columns(tile.cut_batch(self.valid), 1)
@@ -382,7 +384,8 @@ class Dense(Mask):
             the query may attend to the key; any length may be 1, to broadcast. Whole
             numbers count as booleans. Floating-point numbers do too (non-zero means
             "may attend", as in Keras), with a warning: a mask that is to be added to
-            the scores is a bias.
+            the scores is a bias. Such a one has numbers below 0, which are an error
+            where they are known (in compiled programs they are not).
     """
 
     values: Tensor
@@ -395,13 +398,8 @@ class Dense(Mask):
                 "A mask must have the shape (T, S), (B, T, S) or (B, N, T, S). "
                 f"Received: shape {shape}"
             )
-        if is_float(self.values):
-            warnings.warn(
-                "A mask of floating-point numbers is taken as booleans: non-zero means "
-                '"may attend". A mask that is to be added to the scores belongs in '
-                "`attention_bias` (`bias` of `dot_product_attention`).",
-                stacklevel=4,
-            )
+        values = as_booleans("values", self.values, warn=True)
+        object.__setattr__(self, "values", values)
 
     def block(self, tile):
         values = self.values
@@ -526,6 +524,39 @@ def is_alike_for_all_rows(mask: Mask) -> bool:
 def as_mask(value: Mask | Tensor) -> Mask:
     """Returns a mask as it is, and an array or tensor of booleans as a `Dense` mask."""
     return value if isinstance(value, Mask) else Dense(value)
+
+
+def as_booleans(name: str, mask: Tensor | None, warn: bool = False) -> Tensor | None:
+    """Returns a mask of floating-point numbers as booleans, and any other as it is.
+
+    Args:
+        name: Of the argument, for the message.
+        mask: A tensor of any kind.
+        warn: Whether to warn that floats may not mean what they are taken for.
+
+    Raises:
+        ValueError: If numbers, where they are known, are negative: such a mask is made
+            to be added to the scores, and as booleans would show what it shall hide.
+    """
+    # Integers are not looked at: 0 and 1 of a tokenizer come with every call.
+    if mask is None or not is_float(mask):
+        return mask
+    if known_numbers(ops.any(mask < 0)):
+        raise ValueError(
+            f"`{name}` must not hold negative numbers: a mask that is added to the "
+            "scores belongs in `attention_bias` (`bias` of `dot_product_attention`), "
+            f'and in `{name}` non-zero means "may attend". '
+            f"Received: {name} of dtype {dtype_name(mask)} with a lowest number of "
+            f"{float(known_numbers(ops.cast(ops.min(mask), 'float32'))):g}"
+        )
+    if warn:
+        warnings.warn(
+            "A mask of floating-point numbers is taken as booleans: non-zero means "
+            '"may attend". A mask that is to be added to the scores belongs in '
+            "`attention_bias` (`bias` of `dot_product_attention`).",
+            stacklevel=5,
+        )
+    return ops.cast(mask, "bool")
 
 
 def check_dense_shape(name: str, shape: Shape, scores_shape: Shape) -> None:

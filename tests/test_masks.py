@@ -102,9 +102,14 @@ def test_whole_numbers_count_as_booleans():
 
 def test_floats_count_as_booleans_with_a_warning_that_names_the_bias():
     with pytest.warns(UserWarning, match="attention_bias"):
-        mask = masks.Dense(np.array([[0.0, 0.25, -1e9]], "float32"))
+        mask = masks.Dense(np.array([[0.0, 0.25, 1.0]], "float32"))
     block = whole(mask, rows=1, columns=3)
     np.testing.assert_array_equal(block[0, 0], [[False, True, True]])
+
+
+def test_padding_may_be_floats_of_0_and_1():
+    block = whole(masks.Padding(np.array([[0.0, 1.0]], "float32")), rows=1, columns=2)
+    np.testing.assert_array_equal(block[0, 0], [[False, True]])
 
 
 def test_arrays_compose_with_masks_from_either_side():

@@ -38,6 +38,12 @@ def call(*inputs, layer=None, **arguments):
     return lambda: construct(**layer)()(*inputs, **arguments)
 
 
+def built():
+    layer = construct()()
+    layer.build((2, 5, 16))
+    return layer
+
+
 def call_built(*inputs, **arguments):
     def run():
         layer = construct()()
@@ -64,6 +70,11 @@ def mask_attend(mask):
         floats(2, 5, 4, 8), floats(2, 7, 4, 8), floats(2, 7, 4, 8), mask=mask()
     )
 
+
+COMPLEX = np.zeros((2, 7, 16), "complex64")
+
+# An additive mask: as booleans it says "may attend" of all that it should hide.
+ADDITIVE = np.where(np.eye(5, 7) > 0, 0.0, -1e9).astype("float32")
 
 # Each line: a name, the wrong use, the error, and what its message must say, in order.
 CONSTRUCTOR = [
@@ -523,7 +534,94 @@ MASKS = [
     ),
 ]
 
-ALL = CONSTRUCTOR + BUILD + CALL + FUNCTION + MASKS
+WRONG_NUMBERS = [
+    *(
+        (
+            f"complex {name}",
+            call(*inputs),
+            TypeError,
+            f"^`{name}` must hold floating-point.*integers or booleans.*complex64",
+        )
+        for name, inputs in (
+            ("query", (COMPLEX[:, :5], floats(2, 7, 16))),
+            ("value", (floats(2, 5, 16), COMPLEX)),
+            ("key", (floats(2, 5, 16), floats(2, 7, 16), COMPLEX)),
+        )
+    ),
+    (
+        "a complex memory",
+        lambda: built().init_cache(memory=COMPLEX),
+        TypeError,
+        "^`memory` must hold floating-point.*complex64",
+    ),
+    (
+        "an additive mask of a memory",
+        lambda: built().init_cache(
+            memory=floats(2, 7, 16), value_mask=np.full((2, 7), -1e9, "float32")
+        ),
+        ValueError,
+        "^`value_mask` must not.*negative",
+    ),
+    *(
+        (
+            f"a query of {dtype} for the function",
+            attend(query=np.zeros((2, 5, 4, 8), dtype)),
+            TypeError,
+            f"^`query` must hold floating-point.*{dtype}",
+        )
+        for dtype in ("int32", "bool", "complex64")
+    ),
+    (
+        "an additive mask",
+        call(attention_mask=ADDITIVE),
+        ValueError,
+        "^`attention_mask` must not.*negative.*`attention_bias`.*float32.*-1e[+]09",
+    ),
+    (
+        "an additive mask that is infinite in float16",
+        call(attention_mask=ADDITIVE, layer={"dtype": "mixed_float16"}),
+        ValueError,
+        "^`attention_mask` must not.*`attention_bias`.*float16.*-inf",
+    ),
+    (
+        "an additive mask of a layer over images",
+        call(
+            floats(2, 2, 3, 16),
+            attention_mask=np.full((2, 3, 2, 3), -1.0, "float32"),
+        ),
+        ValueError,
+        "^`attention_mask` must not.*negative",
+    ),
+    *(
+        (
+            f"an additive {name}",
+            call(**{name: np.full((2, length), -1e9, "float32")}),
+            ValueError,
+            f"^`{name}` must not.*negative.*`attention_bias`",
+        )
+        for name, length in (("query_mask", 5), ("value_mask", 7), ("key_mask", 7))
+    ),
+    (
+        "an additive mask for the function",
+        attend(mask=ADDITIVE),
+        ValueError,
+        "^`mask` must not.*negative.*`bias` of `dot_product_attention`",
+    ),
+    (
+        "an additive mask as an object",
+        lambda: masks.Dense(ADDITIVE),
+        ValueError,
+        "^`values` must not.*negative.*`attention_bias`",
+    ),
+    (
+        "additive padding",
+        lambda: masks.Padding(ADDITIVE),
+        ValueError,
+        "^`valid` must not.*negative.*`attention_bias`",
+    ),
+]
+
+ALL = CONSTRUCTOR + BUILD + CALL + FUNCTION + MASKS + WRONG_NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -532,8 +630,16 @@ ALL = CONSTRUCTOR + BUILD + CALL + FUNCTION + MASKS
     ids=[case[0] for case in ALL],
 )
 def test_wrong_use_says_what_is_wrong(wrong_use, error, message):
-    with pytest.raises(error, match=f"(?s){message}"):
+    with pytest.raises(error, match=f"(?s){message}") as caught:
         wrong_use()
+    assert_told_at_once(caught.value)
+
+
+def assert_told_at_once(error):
+    """Nothing comes before what is wrong: Keras would put it into a list of all
+    arguments."""
+    assert "Exception encountered" not in str(error)
+    assert "Arguments received" not in str(error)
 
 
 def symbolic(layer=None, query=(5, 16), value=(7, 12), **shapes_and_dtypes):
@@ -559,11 +665,87 @@ def symbolic(layer=None, query=(5, 16), value=(7, 12), **shapes_and_dtypes):
         (symbolic(segment_ids=((5,), "int32")), "segment_ids.*pair"),
         (symbolic(attention_bias=((4, 5, 6), "float32")), "attention_bias.*5, 6"),
         (symbolic(value=(7, 3, 12)), "same number of axes"),
+        (symbolic(key=((7, 12), "complex64")), "^`key` must hold.*complex64"),
     ],
 )
 def test_a_functional_model_says_it_while_it_is_made(wrong_use, message):
-    with pytest.raises(ValueError, match=f"(?s){message}"):
+    with pytest.raises((ValueError, TypeError), match=f"(?s){message}") as caught:
         wrong_use()
+    assert_told_at_once(caught.value)
+
+
+class Block(keras.Model):
+    def __init__(self, **arguments):
+        super().__init__()
+        self.attention = keras_mha.MultiHeadAttention(2, 4, name="attention_3")
+        self.arguments = arguments
+
+    def call(self, x):
+        return self.attention(x, **self.arguments)
+
+
+def train(model):
+    model.compile("sgd", "mse")
+    model.fit(np.zeros((2, 5, 8)), np.zeros((2, 5, 8)), verbose=0)
+
+
+def in_a_subclass(run):
+    return lambda: run(Block(attention_mask=np.ones((9, 9), "bool")))
+
+
+def in_a_sequence():
+    x = floats(2, 5, 8)
+    attention = keras_mha.MultiHeadAttention(2, 4, name="attention_3")
+    keras.Sequential([keras.layers.Flatten(), attention])(x)
+
+
+def when_a_model_runs():
+    x, mask = keras.Input((None, 8)), keras.Input((None, None), dtype="bool")
+    attention = keras_mha.MultiHeadAttention(2, 4, name="attention_3")
+    model = keras.Model([x, mask], attention(x, attention_mask=mask))
+    model([floats(2, 5, 8), booleans(2, 9, 9)])
+
+
+def of_a_position():
+    keras_mha.RotaryEmbedding(name="attention_3")(floats(2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong_use",
+    [
+        in_a_subclass(lambda model: model(floats(2, 5, 8))),
+        in_a_subclass(train),
+        in_a_sequence,
+        when_a_model_runs,
+        of_a_position,
+    ],
+    ids=["subclass", "fit", "sequence", "functional", "position"],
+)
+def test_models_pass_it_on_and_it_says_which_layer(wrong_use):
+    with pytest.raises(ValueError, match=r"^`\w+` must") as caught:
+        wrong_use()
+    assert_told_at_once(caught.value)
+    (note,) = caught.value.__notes__
+    assert "'attention_3'" in note
+
+
+def test_without_the_filter_of_tracebacks_it_is_told_alike():
+    keras.config.disable_traceback_filtering()
+    try:
+        with pytest.raises(ValueError, match=r"^`attention_mask` must") as caught:
+            Block(attention_mask=np.ones((9, 9), "bool"))(floats(2, 5, 8))
+    finally:
+        keras.config.enable_traceback_filtering()
+    assert "'attention_3'" in caught.value.__notes__[0]
+
+
+def test_the_errors_of_others_keep_what_keras_says_of_them():
+    class Broken(masks.Mask):
+        def allowed(self, rows, columns):
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match=r"(?s)encountered.*on purpose.*attention_mas"):
+        call(attention_mask=Broken())()
 
 
 def test_dropout_of_the_function_is_refused_in_a_functional_model():

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor
 from keras_mha.biases import Bias, Positions
+from keras_mha.kernels import backends
 from keras_mha.masks import Mask
 
 
@@ -30,7 +31,8 @@ def split_tensors(mask: Mask | Bias | None) -> tuple[Any, tuple[Tensor, ...]]:
         if isinstance(value, keras.Variable):
             value = value.value
         if ops.is_tensor(value):
-            tensors.append(value)
+            # TensorFlow's own variables may not come into a gradient of one's own.
+            tensors.append(backends.current().plain(value))
             return _TENSOR
         if isinstance(value, Mask | Bias | Positions) and hasattr(value, "__dict__"):
             return _Parts(type(value), _named(vars(value)))

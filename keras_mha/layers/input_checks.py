@@ -65,6 +65,15 @@ def check_feature_widths(expected: dict[str, int], shapes: dict[str, Shape]) -> 
             )
 
 
+def check_numbers(name: str, x: Tensor) -> None:
+    """Raises unless an input holds what can be cast to floating-point numbers."""
+    if not (is_float(x) or is_integer(x) or dtype_name(x) == "bool"):
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers, integers or booleans. "
+            f"Received: {name} of dtype {dtype_name(x)}"
+        )
+
+
 def check_ranks(rank: int, shapes: dict[str, Shape]) -> None:
     """Raises unless each input has as many axes as the layer was built for."""
     for name, shape in shapes.items():
@@ -134,6 +143,8 @@ def check_positions_mask(name: str, mask: Tensor, owner: str, shape: Shape) -> N
 def check_attention_mask(mask: Any, axes: AttentionAxes, scores_shape: Shape) -> None:
     """Raises unless `attention_mask` can mask scores of this shape."""
     if isinstance(mask, Mask):
+        if axes.is_plain:  # else it fits the folded scores, which the kernels see
+            mask.check(scores_shape)
         return
     _require_shape("attention_mask", mask, "a boolean tensor or a `keras_mha.masks`")
     shape = tuple(mask.shape)

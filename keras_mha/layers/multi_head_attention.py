@@ -12,8 +12,13 @@ from keras_mha import _checks
 from keras_mha._keras import (
     Shape,
     Tensor,
+    convert_no_inputs,
+    dtype_name,
     get_keras_mask,
+    is_float,
     set_keras_mask,
+    told_as_it_is,
+    without_autocast,
 )
 from keras_mha.biases import Bias
 from keras_mha.layers import cache as kv_cache
@@ -22,6 +27,7 @@ from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_cached_call
 from keras_mha.layers.clean_inputs import Inputs, has_segments
+from keras_mha.layers.conversion import converted
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
@@ -34,6 +40,7 @@ from keras_mha.masks import (
     Padding,
     Segments,
     SlidingWindow,
+    as_booleans,
     intersect,
 )
 from keras_mha.ops import padding
@@ -115,7 +122,9 @@ class MultiHeadAttention(keras.layers.Layer):
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
-        query: Floating-point tensor of shape `(B, T, D)`, or `(B, *positions, D)`.
+        query: Tensor of shape `(B, T, D)`, or `(B, *positions, D)`. Floating-point
+            numbers, integers and booleans are cast to the layer's compute dtype, in
+            `value` and `key` too; complex numbers are refused.
         value: Tensor of shape `(B, S, D_v)`. Defaults to `query` (self-attention).
         key: Tensor of shape `(B, S, D_k)`. Defaults to `value`.
         query_mask: Booleans of shape `(B, T)`, `True` for real tokens. Defaults to the
@@ -127,13 +136,14 @@ class MultiHeadAttention(keras.layers.Layer):
             a `Padding` hide, or that are of other segments, may hold anything, NaN too.
         attention_mask: Booleans (`True` = may attend) of shape `(T, S)`, `(B, T, S)`
             or `(B, N, T, S)`, or a `keras_mha.masks.Mask`. Whole numbers count as
-            booleans.
+            booleans, and so do 0.0 and 1.0; numbers below 0 are `attention_bias`.
         return_attention_scores: Whether to return the attention weights too. Asking
             for them does not change the output.
         training: Whether dropout is on.
         use_causal_mask: Whether query i sees only the keys j <= i.
         attention_bias: Floating-point tensor that broadcasts to `(B, N, T, S)` as in
-            NumPy (three axes are `(N, T, S)`) and is added to the scaled scores.
+            NumPy (three axes are `(N, T, S)`) and is added to the scaled scores. It
+            keeps its precision, whatever the layer's compute dtype.
         segment_ids: Whole numbers of shape `(B, T)`, or a pair of shapes `(B, T)` and
             `(B, S)`: tokens attend only within their own segment (packed sequences).
         position_ids: Where tokens stand, for `position`: whole numbers of shape `(T,)`
@@ -213,6 +223,7 @@ class MultiHeadAttention(keras.layers.Layer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        convert_no_inputs(self)  # `__call__` does
         self.supports_masking = True
         positive = _checks.positive_integer
         self._num_heads = positive("num_heads", num_heads)
@@ -338,6 +349,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
     # ------------------------------------------------------------------ weights
 
+    @told_as_it_is
     def build(
         self,
         query_shape: Shape,
@@ -457,13 +469,15 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the layer; see its call arguments."""
-        result = super().__call__(*args, **kwargs)
         cache = kwargs.get("cache")
+        args, kwargs = converted(self, args, kwargs, uncast="attention_bias")
+        result = super().__call__(*args, **kwargs)
         if cache is None:
             return result
-        # Keras casts all floating-point arguments; a cache keeps a dtype of its own.
+        # All floating-point arguments are cast; a cache keeps a dtype of its own.
         return (*result[:-1], kv_cache.with_dtypes_of(result[-1], cache))
 
+    @told_as_it_is
     def call(
         self,
         query: Tensor,
@@ -485,7 +499,9 @@ class MultiHeadAttention(keras.layers.Layer):
         query_mask, value_mask, key_mask, attention_mask = _from_lists(
             query_mask, value_mask, key_mask, attention_mask
         )
-        segment_ids, position_ids = _from_lists(segment_ids, position_ids)
+        segment_ids, position_ids, attention_bias = _from_lists(
+            segment_ids, position_ids, attention_bias
+        )
         if query_mask is None:
             # Keras fills masks in by itself only when there are several inputs.
             query_mask = get_keras_mask(query)
@@ -507,6 +523,10 @@ class MultiHeadAttention(keras.layers.Layer):
                 "cache": cache,
             },
         )
+        query, value, key = map(self._as_floats, (query, value, key))
+        query_mask = as_booleans("query_mask", query_mask)
+        value_mask = as_booleans("value_mask", value_mask)
+        key_mask = as_booleans("key_mask", key_mask)
         if value is None:
             value = query
             value_mask = query_mask if value_mask is None else value_mask
@@ -559,6 +579,9 @@ class MultiHeadAttention(keras.layers.Layer):
         if cache is not None:
             results += (operands.cache,)
         return results if len(results) > 1 else output
+
+    def _as_floats(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or is_float(x) else ops.cast(x, self.compute_dtype)
 
     def _attend(self, operands, mask, bias, dropout, return_scores):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""
@@ -721,7 +744,8 @@ class MultiHeadAttention(keras.layers.Layer):
     def _position_bias(self, query_ids, key_ids) -> Bias | None:
         if not isinstance(self.position, PositionBias):
             return None
-        return self.position.bias(query_ids, key_ids)
+        with without_autocast():
+            return self.position.bias(query_ids, key_ids)
 
     # ------------------------------------------------------------------ cache
 
@@ -815,6 +839,8 @@ class MultiHeadAttention(keras.layers.Layer):
             )
         if value_mask is None:
             value_mask = get_keras_mask(value)
+        for x in (value, key):
+            input_checks.check_numbers("memory", ops.convert_to_tensor(x))
         value, key = (
             ops.cast(ops.convert_to_tensor(x), self.compute_dtype) for x in (value, key)
         )
@@ -827,6 +853,7 @@ class MultiHeadAttention(keras.layers.Layer):
             input_checks.check_positions_mask(
                 "value_mask", value_mask, "value", shapes["value"]
             )
+            value_mask = as_booleans("value_mask", value_mask)
             value, key = (padding.zero_unless(value_mask, x) for x in (value, key))
         cache = {
             "key": ops.cast(self._key_heads(key), dtype),
@@ -859,13 +886,19 @@ class MultiHeadAttention(keras.layers.Layer):
     def _attention_mask(self, mask, query, value) -> Mask | None:
         if mask is None or isinstance(mask, Mask):
             return mask
+        mask = as_booleans("attention_mask", mask, warn=True)
         if not self._axes.is_plain:
             mask = ops.reshape(mask, self._axes.expand_mask(tuple(ops.shape(mask))))
             mask = self._axes.fold_scores(mask, query, value)
         return Dense(mask)
 
     def _attention_bias(self, bias, query, value) -> Tensor | None:
-        if bias is None or self._axes.is_plain:
+        if bias is None:
+            return None
+        if dtype_name(bias) == "float64" != self.compute_dtype:
+            # More than the scores have, and torch would compute all in it.
+            bias = ops.cast(bias, "float32")
+        if self._axes.is_plain:
             return bias
         return self._axes.fold_scores(bias, query, value)
 
@@ -925,11 +958,11 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _check_inputs(self, axes, query, arguments) -> dict[str, Shape]:
         """Checks the inputs and returns the shapes of those that take part."""
-        shapes = [
-            None if x is None else x.shape
-            for x in (query, arguments["value"], arguments["key"])
-        ]
-        query, value, key = _filled(*shapes)
+        inputs = query, arguments["value"], arguments["key"]
+        for name, x in zip(("query", "value", "key"), inputs, strict=True):
+            if x is not None:
+                input_checks.check_numbers(name, x)
+        query, value, key = _filled(*(None if x is None else x.shape for x in inputs))
         cache = arguments["cache"]
         has_memory = cache is not None and kv_cache.is_memory(cache)
         shapes = {"query": query}
@@ -974,6 +1007,7 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_input_shapes(axes, *shapes)
         return (*shapes[0][:-1], *(self._output_shape or shapes[0][-1:]))
 
+    @told_as_it_is
     def compute_output_spec(
         self,
         query: Tensor,
@@ -996,7 +1030,9 @@ class MultiHeadAttention(keras.layers.Layer):
         query_mask, value_mask, key_mask, attention_mask = _from_lists(
             query_mask, value_mask, key_mask, attention_mask
         )
-        segment_ids, position_ids = _from_lists(segment_ids, position_ids)
+        segment_ids, position_ids, attention_bias = _from_lists(
+            segment_ids, position_ids, attention_bias
+        )
         self._check_call(
             query,
             {
@@ -1147,7 +1183,7 @@ def _from_lists(*arguments: Any) -> list[Any]:
     """Makes tensors of Python's lists of numbers, and leaves everything else alone."""
     return [
         ops.convert_to_tensor(x)
-        if isinstance(x, list) and x and isinstance(x[0], list | int)
+        if isinstance(x, list) and x and isinstance(x[0], list | int | float)
         else x
         for x in arguments
     ]

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor
+from keras_mha._keras import Shape, Tensor, told_as_it_is
 from keras_mha.biases import Bias, ByDistance, Positions, Slopes
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.sharing import Shareable
@@ -51,6 +51,7 @@ class PositionBias(Shareable):
         """
         raise NotImplementedError
 
+    @told_as_it_is
     def call(
         self, position_ids: Tensor, key_position_ids: Tensor | None = None
     ) -> Tensor:
@@ -82,6 +83,7 @@ class PositionBias(Shareable):
     def _has_batch(*ids) -> bool:
         return any(each is not None and len(each.shape) == 2 for each in ids)
 
+    @told_as_it_is
     def compute_output_spec(
         self, position_ids: Tensor, key_position_ids: Tensor | None = None
     ) -> keras.KerasTensor:
@@ -241,6 +243,7 @@ class RelativePositionBias(PositionBias):
     def _exact_buckets(self) -> int:
         return self._buckets_a_side // 2
 
+    @told_as_it_is
     def build(
         self,
         position_ids_shape: Shape | None = None,

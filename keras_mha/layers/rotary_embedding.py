@@ -8,7 +8,14 @@ import keras
 from keras import ops
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, at_least_float32, dtype_name, is_float
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    at_least_float32,
+    dtype_name,
+    is_float,
+    told_as_it_is,
+)
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
 from keras_mha.layers.sharing import Shareable
@@ -115,6 +122,7 @@ class RotaryEmbedding(Shareable):
                 f"Received: rotary_dim={self.rotary_dim}, width {width}"
             )
 
+    @told_as_it_is
     def call(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         self._check_inputs(inputs)
         if position_ids is not None:
@@ -124,6 +132,7 @@ class RotaryEmbedding(Shareable):
                 position_ids = position_ids[None]
         return self.rotate(inputs, position_ids)
 
+    @told_as_it_is
     def compute_output_spec(
         self, inputs: Tensor, position_ids: Tensor | None = None
     ) -> keras.KerasTensor:

@@ -14,6 +14,8 @@ from keras_mha._keras import (
     dtype_name,
     is_float,
     is_symbolic,
+    told_as_it_is,
+    without_autocast,
 )
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
@@ -198,11 +200,13 @@ class DotProductAttention(keras.Operation):
         super().__init__(name=name)
         self.options = options
 
+    @told_as_it_is
     def call(self, query, key, value, mask=None, bias=None, sink=None):
         return _attend(
             query, key, value, mask=mask, bias=bias, sink=sink, **self.options
         )
 
+    @told_as_it_is
     def compute_output_spec(self, query, key, value, mask=None, bias=None, sink=None):
         options = dict(self.options)
         implementation = options.pop("implementation")
@@ -235,9 +239,12 @@ class DotProductAttention(keras.Operation):
 @backends.as_written
 def _attend(query, key, value, *, implementation, position_bias=None, **arguments):
     arguments["position_bias"] = position_bias
-    call = checked_call(query, key, value, **arguments)
-    call, spoilt = padding.without_padding(call)
-    output, scores = planner.plan(call, implementation).kernel(call)
+    # Before variables keep their precision, which biases and masks may hold.
+    query, key, value = _as_float_tensors(query, key, value)
+    with without_autocast():
+        call = checked_call(query, key, value, **arguments)
+        call, spoilt = padding.without_padding(call)
+        output, scores = planner.plan(call, implementation).kernel(call)
     if spoilt is not None:
         output = padding.nan_where(spoilt, output)
         if call.return_scores:
@@ -248,8 +255,10 @@ def _attend(query, key, value, *, implementation, position_bias=None, **argument
 @backends.as_written
 def attend_without_padding(query, key, value, *, implementation, **arguments):
     """Attends as `dot_product_attention` does, of numbers in which padding is zero."""
-    call = checked_call(query, key, value, **arguments)
-    output, scores = planner.plan(call, implementation).kernel(call)
+    query, key, value = _as_float_tensors(query, key, value)
+    with without_autocast():
+        call = checked_call(query, key, value, **arguments)
+        output, scores = planner.plan(call, implementation).kernel(call)
     return (output, scores) if call.return_scores else output
 
 
@@ -272,10 +281,7 @@ def checked_call(
 
     The arguments are those of `dot_product_attention`.
     """
-    query, key, value = (
-        _as_float_tensor(name, x)
-        for name, x in (("query", query), ("key", key), ("value", value))
-    )
+    query, key, value = _as_float_tensors(query, key, value)
     _check_shapes(query, key, value)
     query, key, value = _promoted(query, key, value)
     if scale is None:
@@ -325,6 +331,11 @@ def _checked_position_bias(bias: Any) -> Bias | None:
 
 def _as_float_tensor(name: str, x: Any) -> Tensor:
     tensor = x if is_symbolic(x) or ops.is_tensor(x) else as_tensor(x)
+    if tensor is None and hasattr(x, "dtype"):  # complex numbers, or text
+        raise TypeError(
+            f"`{name}` must hold floating-point numbers. "
+            f"Received: {name} of dtype {x.dtype}"
+        )
     if tensor is None:
         raise TypeError(
             f"`{name}` must be a tensor of floating-point numbers. "
@@ -336,6 +347,11 @@ def _as_float_tensor(name: str, x: Any) -> Tensor:
             f"Received: {name} of dtype {dtype_name(tensor)}"
         )
     return tensor
+
+
+def _as_float_tensors(*inputs: Any) -> list[Tensor]:
+    names = "query", "key", "value"
+    return [_as_float_tensor(name, x) for name, x in zip(names, inputs, strict=True)]
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -378,7 +394,12 @@ def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _as_mask(mask: Any) -> Any:
     """Returns a Mask or None; a placeholder of a Functional model stays as it is."""
-    return mask if mask is None or is_symbolic(mask) else masks.as_mask(mask)
+    if mask is None or is_symbolic(mask):
+        return mask
+    tensor = None if isinstance(mask, masks.Mask) else as_tensor(mask)
+    return masks.as_mask(
+        mask if tensor is None else masks.as_booleans("mask", tensor, warn=True)
+    )
 
 
 def _as_bias(bias: Any) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 import keras_mha
 from keras_mha import masks
-from tests.helpers import to_numpy, to_tensor
+from tests.helpers import backend_jit, to_numpy, to_tensor
 
 B, T, S, D = 2, 5, 7, 12
 RNG = np.random.default_rng(0)
@@ -128,6 +128,24 @@ def test_a_float_mask_counts_as_booleans_and_warns(layer):
         scores = scores_of(layer, attention_mask=mask)
     expected = scores_of(layer, attention_mask=mask.astype("bool"))
     np.testing.assert_array_equal(scores, expected)
+
+
+def test_an_additive_mask_is_warned_of_where_its_numbers_are_not_known(layer):
+    mask = np.where(RNG.random((B, T, S)) < 0.7, 0.0, -1e9).astype("float32")
+    compiled = backend_jit(lambda x, y, mask: layer(x, y, attention_mask=mask))
+    with pytest.warns(UserWarning, match="attention_bias"):
+        output = compiled(*map(to_tensor, (QUERY, VALUE, mask)))
+    expected = layer(QUERY, VALUE, attention_mask=mask.astype("bool"))
+    np.testing.assert_allclose(to_numpy(output), to_numpy(expected), atol=1e-6)
+
+
+def test_masks_of_booleans_and_integers_are_not_looked_at(layer, monkeypatch):
+    def looked(x):
+        raise AssertionError
+
+    monkeypatch.setattr("keras_mha.masks.known_numbers", looked)
+    for dtype in ("bool", "int32"):
+        layer(QUERY, VALUE, attention_mask=np.ones((T, S), dtype))
 
 
 def test_nested_lists_are_masks_too(layer):

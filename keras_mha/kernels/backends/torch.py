@@ -160,7 +160,10 @@ def known(x: Any) -> np.ndarray | None:
     """Returns the numbers of a tensor, or `None` while a program is only written."""
     if torch.compiler.is_compiling() or is_exporting():
         return None
-    return x.detach().cpu().numpy()
+    try:
+        return x.detach().cpu().numpy()
+    except RuntimeError:  # of `torch.func` and on the meta device there are none
+        return None
 
 
 def plain(x: Any) -> Any:
