@@ -151,7 +151,10 @@ class AttentionRecorder(keras.callbacks.Callback):
             return _fitting(self.query_tokens, sample, length)
         if self.query_tokens is None:
             return [str(row) for row in self._query_rows]
-        return [self.query_tokens[sample][row] for row in self._query_rows]
+        tokens = self.query_tokens[sample]
+        if not all(-len(tokens) <= row < len(tokens) for row in self._query_rows):
+            return [str(row) for row in self._query_rows]  # of another layer's length
+        return [tokens[row] for row in self._query_rows]
 
     def _log(self, tag: str, epoch: int, picture: bytes, figure: Any) -> None:
         """Writes a picture to TensorBoard's logs."""

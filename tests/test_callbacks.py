@@ -134,6 +134,12 @@ def test_chosen_heads_and_queries_keep_their_names(tmp_path, drawn):
     assert drawn[-1][1] == ["d", "e"]
 
 
+def test_queries_beyond_the_tokens_have_their_numbers(tmp_path, drawn):
+    wishes = {"layers": "first", "query_rows": [4, 1], "query_tokens": [["a", "b"]]}
+    fit(model(), AttentionRecorder(X[:1], tmp_path, **wishes), epochs=1)
+    assert drawn[0][1] == ["4", "1"]
+
+
 def test_tokens_are_for_layers_that_have_as_many(tmp_path, drawn):
     inputs = keras.Input((5, 6))
     x = keras_mha.MultiHeadAttention(1, 4, name="cross")(inputs, inputs[:, :3])

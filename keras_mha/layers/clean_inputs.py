@@ -9,7 +9,6 @@ from typing import NamedTuple
 from keras import ops
 
 from keras_mha._keras import Tensor
-from keras_mha.masks import Mask, Segments
 from keras_mha.ops import padding
 
 
@@ -59,8 +58,3 @@ class Inputs(NamedTuple):
         if self.key is self.value:
             return query, value
         return query, ops.logical_and(value, padding.finite_tokens(self.key, 1))
-
-
-def has_segments(mask: Mask | Tensor | None) -> bool:
-    """Whether a mask shows some tokens to their own segment only."""
-    return isinstance(mask, Mask) and bool(padding.parts(mask, Segments))

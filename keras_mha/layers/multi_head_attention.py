@@ -26,7 +26,7 @@ from keras_mha.layers import input_checks, recording
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_cached_call
-from keras_mha.layers.clean_inputs import Inputs, has_segments
+from keras_mha.layers.clean_inputs import Inputs
 from keras_mha.layers.conversion import converted
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
@@ -615,20 +615,39 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _without_padding(self, inputs, masks, attention_mask, segment_ids, cache):
         """Returns query, value and key without numbers that masks hide, and which
-        tokens were finite if segments hide some of them (else `None`)."""
+        queries and keys were finite where some that were not may be seen (else `None`).
+        """
         query_mask, *key_masks = masks
         if cache is not None:
             key_masks = masks  # a new token is both
-        elif isinstance(attention_mask, Mask) and self._axes.is_plain:
-            key_masks.append(padding.visible_keys(attention_mask))
+        elif isinstance(attention_mask, Mask):
+            key_masks.append(self._not_padding(attention_mask, inputs.value))
         rank = len(inputs.value.shape) - 1
         visible = padding.all_of(*(padding.with_rank(rank, x) for x in key_masks))
         keep_finite = self._activity_regularizer is not None  # it sees all tokens
-        inputs = inputs.zero_unless(query_mask, visible, keep_finite)
-        if segment_ids is None and not has_segments(attention_mask):
-            return *inputs, None
-        finite = inputs.finite_tokens()
-        return *inputs.zero_unless(*finite, keep_finite=False), finite
+        clean = inputs.zero_unless(query_mask, visible, keep_finite)
+        if cache is not None:
+            return *clean, None
+        has_segments = segment_ids is not None or bool(
+            padding.parts(attention_mask, Segments)
+        )
+        # In self-attention what is hidden as a key still asks as a query.
+        asks = query_mask is None and visible is not None
+        if not has_segments and not (asks and inputs.value is inputs.query):
+            return *clean, None
+        finite = clean.finite_tokens()
+        if padding.are_all(*finite):
+            return *clean, None
+        return *clean.zero_unless(*finite, keep_finite=False), finite
+
+    def _not_padding(self, mask, value):
+        """Returns which tokens of the value a mask object's padding does not hide."""
+        valid = padding.visible_keys(mask)
+        if valid is None or self._axes.is_plain:
+            return valid
+        folded = ops.shape(self._axes.fold_positions(value[..., 0]))
+        valid = ops.broadcast_to(valid, folded)
+        return self._axes.unfold(valid[:, :, None, None], like=value)[..., 0, 0]
 
     def _spoilt(self, output, scores, like, finite, mask):
         """Puts NaN where a query attends to tokens that were not finite."""

@@ -17,6 +17,7 @@ from keras import ops
 from keras_mha._keras import Tensor
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import And, Mask, Padding, Segments
+from keras_mha.ops.tensors import known_numbers
 
 
 def without_padding(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
@@ -33,6 +34,9 @@ def without_padding(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
     if segments:
         good_query = finite_tokens(query, 2)
         good_key = ops.logical_and(finite_tokens(key, 2), finite_tokens(value, 2))
+        if are_all(good_query, good_key):
+            segments = []
+    if segments:
         spoilt = spoilt_queries(good_query, good_key, segments)
         query = zero_unless(good_query, query)
         key, value = zero_unless(good_key, key), zero_unless(good_key, value)
@@ -61,6 +65,11 @@ def all_of(*masks: Tensor | None) -> Tensor | None:
             pair = ops.cast(result, "bool"), ops.cast(mask, "bool")
             result = ops.logical_and(*pair)
     return result
+
+
+def are_all(*booleans: Tensor) -> bool:
+    """Whether all are known to be `True`, which in a compiled program none are."""
+    return all(bool(known_numbers(ops.all(x))) for x in booleans)
 
 
 def zero_unless(visible: Tensor | None, x: Tensor) -> Tensor:
@@ -102,7 +111,8 @@ def nan_where(spoilt: Tensor, x: Tensor) -> Tensor:
 def spoilt_queries(
     good_query: Tensor, good_key: Tensor, segments: list[Segments]
 ) -> Tensor:
-    """Returns which queries are not good, or have a key that is not in their segment.
+    """Returns which queries are not good, or have a key that is not in all of
+    their segments.
 
     Args:
         good_query: Booleans, shape `(B, T)`.
@@ -112,17 +122,16 @@ def spoilt_queries(
     Returns:
         Booleans, shape `(B, T)`.
     """
-    reached = all_of(
-        *(
-            _has_equal(
-                ops.broadcast_to(mask.query_ids, ops.shape(good_query)),
-                ops.broadcast_to(mask.key_ids, ops.shape(good_key)),
-                ops.logical_not(good_key),
-            )
-            for mask in segments
+    reached = [
+        _has_equal(
+            ops.broadcast_to(mask.query_ids, ops.shape(good_query)),
+            ops.broadcast_to(mask.key_ids, ops.shape(good_key)),
+            ops.logical_not(good_key),
         )
-    )
-    return ops.logical_or(ops.logical_not(good_query), reached)
+        for mask in segments
+    ]
+    bad_query = ops.logical_not(good_query)
+    return ops.logical_or(bad_query, all_of(*reached)) if reached else bad_query
 
 
 def _has_equal(ids: Tensor, others: Tensor, wanted: Tensor) -> Tensor:

@@ -82,6 +82,23 @@ def test_a_masked_query_and_its_keys(flash_attention, bad):
     np.testing.assert_array_equal(found[1][0][~VALID], 0)
 
 
+@pytest.mark.parametrize("name", ["value_mask", "attention_mask"])
+def test_a_hidden_key_that_is_a_query_all_the_same(name):
+    layer = layer_with()
+    mask = to_tensor(VALID)
+    mask = masks.Padding(mask) if name == "attention_mask" else mask
+
+    def call(layer, x):
+        return layer(x, **{name: mask})
+
+    expected = results(call, layer, [X], VALID)
+    assert_alike(results(call, layer, [spoilt(X)], VALID), expected)
+    output = to_numpy(call(layer, to_tensor(spoilt(X))))
+    assert np.isnan(output[~VALID]).all()
+    output = to_numpy(call(layer, to_tensor(X)))
+    assert np.isfinite(output).all()
+
+
 def test_a_mask_that_keras_found():
     layer = layer_with()
     inputs = keras.Input((T, D))
@@ -179,6 +196,34 @@ def test_masks_of_several_axes():
         for each in (spoilt(x, valid), x)
     )
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_padding_as_an_object_over_one_of_several_axes():
+    keras.utils.set_random_seed(0)
+    layer = keras_mha.MultiHeadAttention(2, 4, attention_axes=1)
+    x = RNG.normal(size=(B, T, 3, D))
+    valid = np.broadcast_to(VALID[:, None], (B, 3, T))
+    mask = masks.Padding(to_tensor(valid.reshape(B * 3, T)))
+    seen = valid.transpose(0, 2, 1)
+    found, expected = (
+        to_numpy(
+            layer(to_tensor(X[:, :, None] + x * 0), to_tensor(y), attention_mask=mask)
+        )
+        for y in (spoilt(x, seen), x)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_memory_of_segments_has_its_own_length():
+    layer = layer_with()
+    cache = layer.init_cache(memory=to_tensor(Y))
+    ids = np.zeros((B, 3), "int32"), np.where(VALID, 0, 1).astype("int32")
+    mask = masks.Segments(*map(to_tensor, ids))
+    output, _ = layer(to_tensor(X[:, :3]), cache=cache, attention_mask=mask)
+    expected = layer(
+        to_tensor(X[:, :3]), to_tensor(Y), segment_ids=tuple(map(to_tensor, ids))
+    )
+    np.testing.assert_allclose(to_numpy(output), to_numpy(expected), atol=1e-6)
 
 
 def test_a_memory():
