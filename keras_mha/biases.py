@@ -108,10 +108,11 @@ class DistanceBias(Bias):
     def _along_diagonals(self, tile):
         """The same number all along a diagonal: worked out once for each of them."""
         rows, columns = tile.rows, tile.columns
-        around = rows + columns
         # Row 0's distances in a circle, after its last the ones left of its first: one
-        # step back at each row, which is what cutting rows one shorter does. (jax2onnx
-        # does not do without the 0.)
+        # step back at each row, which is what cutting rows one shorter does, and these
+        # too have all columns if there should be no rows. (jax2onnx does not do without
+        # the 0.)
+        around = rows + columns + 1
         along = ops.arange(0, around, dtype="int32")
         along = ops.where(along < columns, along, along - around)
         distances = along + ops.cast(tile.column - tile.row, "int32")

@@ -456,12 +456,6 @@ FUNCTION = [
         ValueError,
         "implementation='blockwise'.*only the reference.*Use implementation='auto'",
     ),
-    (
-        "no scores in linear memory",
-        attend(query=(2, 0, 4, 8), implementation="flash", sink=0.0),
-        ValueError,
-        "flash_attention=True.*there are no scores",
-    ),
 ]
 
 MASKS = [

@@ -111,7 +111,8 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     if groups == heads:
         return ops.einsum("...tnh,...snh->...nts", query, key)
     query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
-    logits = ops.einsum("btkgh,bskh->bkgts", query, key)
+    b = _batch_letters(query.shape[1])
+    logits = ops.einsum(f"{b}tkgh,{b}skh->{b}kgts", query, key)
     return ops.reshape(logits, (batch, heads, rows, columns))
 
 
@@ -125,8 +126,14 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     if groups == heads:
         return ops.einsum("...nts,...snv->...tnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
-    output = ops.einsum("bkgts,bskv->btkgv", weights, value)
+    b = _batch_letters(weights.shape[3])
+    output = ops.einsum(f"{b}kgts,{b}skv->{b}tkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))
+
+
+def _batch_letters(rows: Any) -> str:
+    # What Keras makes of `b` is fast on TensorFlow, and fails where there are no rows.
+    return "..." if isinstance(rows, int) and rows == 0 else "b"
 
 
 def _is_one(length: Any) -> bool:

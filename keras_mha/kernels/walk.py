@@ -269,7 +269,7 @@ class Walk:
 
     def joined_rows(self, tiles: Any) -> Tensor:
         """Returns what was put in as `(B, K, width, G, T)`."""
-        tiles = self.backend.stacked(tiles)
+        tiles = self.backend.stacked(tiles, self.chunks * self.rows.count)
         width = tiles.shape[2]
         x = self._chunks_apart(tiles, self.rows.count, width, self.shared)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 6, 2, 7))
@@ -277,7 +277,7 @@ class Walk:
 
     def joined_columns(self, tiles: Any) -> Tensor:
         """Returns the sums as `(B, K, width, S)`."""
-        tiles = self.backend.stacked(tiles)
+        tiles = self.backend.stacked(tiles, self.chunks * self.columns.count)
         width = tiles.shape[2]
         x = self._chunks_apart(tiles, self.columns.count, width)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 2, 6))
@@ -340,7 +340,8 @@ class Walk:
     def joined_scores(self, tiles: Any, bias: Tensor) -> Tensor:
         """Returns the sums in the shape of the bias."""
         pieces, sizes = self._score_pieces(bias), self._score_sizes(bias)
-        x = ops.reshape(self.backend.stacked(tiles), (*pieces, *sizes))
+        tiles = self.backend.stacked(tiles, math.prod(pieces))
+        x = ops.reshape(tiles, (*pieces, *sizes))
         x = ops.transpose(x, (0, 5, 1, 6, 2, 7, 4, 9, 3, 8))  # rows last
         lead = ops.shape(bias)[:3]
         x = ops.reshape(x, (*lead, pieces[4], sizes[4], pieces[3], sizes[3]))

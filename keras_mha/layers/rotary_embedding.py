@@ -204,8 +204,13 @@ class RotaryEmbedding(Shareable):
             return [max(counts)]
         length = None
         for heads, ids in sides:
-            last = ops.max(_counted(heads) if ids is None else ids, axis=1) + 1
+            ids = _counted(heads) if ids is None else ids
+            if any(isinstance(n, int) and n == 0 for n in ids.shape):
+                continue  # there is no last one
+            last = ops.max(ids, axis=1) + 1
             length = last if length is None else ops.maximum(length, last)
+        if length is None:
+            return None
         known = known_numbers(length)
         return length if known is None else known.tolist()
 

@@ -69,6 +69,8 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     if fused_refusal is None:
         reason = "the backend's own kernel can run the call"
         return Plan("fused", reason, fused.attend)
+    if 0 in call.scores_shape and not call.return_scores:
+        return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
         _raise_if(blockwise_refusal, "flash_attention=True (implementation='flash')")
         return Plan("blockwise", fused_refusal, blockwise.attend)

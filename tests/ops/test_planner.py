@@ -86,8 +86,9 @@ def test_flash_never_takes_the_reference(length):
         assert chosen.implementation in ("fused", "blockwise")
 
 
-def test_nothing_to_attend_to_is_no_work_for_tiles():
-    chosen = plan(a_call(0, sink=np.zeros(4)))
+@pytest.mark.parametrize("implementation", ["auto", "flash"])
+def test_nothing_to_attend_to_is_no_work_for_tiles(implementation):
+    chosen = plan(a_call(0, sink=np.zeros(4)), implementation)
     assert chosen.implementation == "reference"
     assert "no scores" in chosen.reason
 

@@ -55,7 +55,7 @@ def add_tile(tiles: Any, index: Any, tile: Any) -> Any:
     return tiles.at[index].add(tile)
 
 
-def stacked(tiles: Any) -> Any:
+def stacked(tiles: Any, count: int) -> Any:
     """Returns all tiles as one tensor, `(count, *shape)`."""
     return tiles
 

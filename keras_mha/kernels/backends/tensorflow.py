@@ -49,6 +49,8 @@ def table(numbers: Any) -> Any:
 
 def new_tiles(count: Any, shape: tuple, dtype: str, like: Any) -> Any:
     """Returns `count` tiles of zeros."""
+    if not isinstance(count, int):
+        count = tf.maximum(count, 1)  # no tile would have no shape; see `stacked`
     zeros = tf.zeros((count, *shape), dtype)
     # An array's elements are written in place; a tensor would be copied each time.
     tiles = tf.TensorArray(
@@ -67,9 +69,10 @@ def add_tile(tiles: Any, index: Any, tile: Any) -> Any:
     return tiles.write(index, tiles.read(index) + tile)
 
 
-def stacked(tiles: Any) -> Any:
+def stacked(tiles: Any, count: Any) -> Any:
     """Returns all tiles as one tensor, `(count, *shape)`."""
-    return tiles.stack()
+    tiles = tiles.stack()
+    return tiles if isinstance(count, int) else tiles[:count]
 
 
 def scores(x: Any, y: Any) -> Any:

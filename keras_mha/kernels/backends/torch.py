@@ -68,7 +68,7 @@ def add_tile(tiles: _Tiles, index: int, tile: Any) -> _Tiles:
     return tiles
 
 
-def stacked(tiles: _Tiles) -> Any:
+def stacked(tiles: _Tiles, count: int) -> Any:
     """Returns all tiles as one tensor, `(count, *shape)`."""
     return torch.stack([tiles.zeros if tile is None else tile for tile in tiles])
 
