@@ -11,6 +11,7 @@ from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, dtype_name, is_float, is_integer
 from keras_mha.layers.axes import AttentionAxes
 from keras_mha.masks import Mask
+from keras_mha.ops.tensors import devices_along
 
 
 def check_build_shapes(query: Shape, value: Shape, key: Shape) -> None:
@@ -82,6 +83,18 @@ def check_ranks(rank: int, shapes: dict[str, Shape]) -> None:
                 f"`{name}` must have {rank} axes, as when the layer was built. "
                 f"Received: {name} of shape {shape}"
             )
+
+
+def check_shared_heads(kernel: Tensor, heads: int) -> None:
+    """Raises where the devices cannot share few key heads, `kernel` `(D, K, H)`."""
+    devices = devices_along(kernel, axis=1)
+    if heads % devices:
+        raise ValueError(
+            "`num_key_value_heads` must be a multiple of the devices that the kernels "
+            "of `key_dense` and `value_dense` are sharded over; replicate these, and "
+            "shard those of the query and the output. Received: "
+            f"num_key_value_heads={heads}, sharded over {devices} devices"
+        )
 
 
 def check_one_axis(attended: tuple[int, ...]) -> None:

@@ -710,6 +710,9 @@ class MultiHeadAttention(keras.layers.Layer):
         return self._axes.fold(heads)
 
     def _key_heads(self, key: Tensor) -> Tensor:
+        if self.num_key_value_heads < self._num_heads:
+            kernel = self.key_dense.kernel
+            input_checks.check_shared_heads(kernel.value, kernel.shape[1])
         heads = self._normalized(self.key_dense(key), self.key_norm_scale)
         return self._axes.fold(heads)
 

@@ -33,6 +33,12 @@ def splits_sequences() -> bool:
     return backends.current().splits_sequences()
 
 
+def devices_along(x: Tensor, axis: int) -> int:
+    """Returns over how many devices an axis is sharded that must divide evenly, as with
+    torch's DTensor; 1 where it is whole."""
+    return backends.current().devices_along(x, axis)
+
+
 def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """Returns `x` with one element of each row of the batch replaced.
 

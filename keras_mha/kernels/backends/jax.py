@@ -116,6 +116,11 @@ def splits_sequences() -> bool:
     return False  # that is written out there, and the compiler sees to it
 
 
+def devices_along(x: Any, axis: int) -> int:
+    """Returns over how many devices an axis is sharded that must divide evenly."""
+    return 1  # a program is of the whole there
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""

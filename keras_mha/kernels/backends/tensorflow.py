@@ -133,6 +133,11 @@ def splits_sequences() -> bool:
     return False  # TensorFlow has no such thing
 
 
+def devices_along(x: Any, axis: int) -> int:
+    """Returns over how many devices an axis is sharded that must divide evenly."""
+    return 1  # TensorFlow's strategies copy weights
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -140,6 +141,17 @@ def splits_sequences() -> bool:
     function = torch.nn.functional.scaled_dot_product_attention
     is_python = isinstance(function, types.FunctionType)
     return is_python and str(function.__module__).startswith("torch.distributed.")
+
+
+def devices_along(x: Any, axis: int) -> int:
+    """Returns over how many devices an axis is sharded that must divide evenly."""
+    if not isinstance(x, torch.Tensor) or not hasattr(x, "placements"):
+        return 1  # not a DTensor
+    return math.prod(
+        x.device_mesh.size(dimension)
+        for dimension, placement in enumerate(x.placements)
+        if placement.is_shard(axis)
+    )
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
