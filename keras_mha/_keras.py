@@ -141,6 +141,11 @@ def is_called_by_itself(layer: keras.layers.Layer) -> bool:
     return bool(layer._inbound_nodes)
 
 
+def kernel_variable(dense: keras.layers.EinsumDense) -> keras.Variable:
+    """Returns what `dense.kernel` is made of where LoRA or quantization change it."""
+    return dense._kernel
+
+
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers in it that Keras knows of."""
     return layer._flatten_layers()
@@ -174,6 +179,7 @@ __all__ = [
     "is_in_sharing_scope",
     "is_integer",
     "is_symbolic",
+    "kernel_variable",
     "losses_kept",
     "note_shared",
     "set_keras_mask",

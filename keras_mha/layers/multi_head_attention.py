@@ -16,6 +16,7 @@ from keras_mha._keras import (
     dtype_name,
     get_keras_mask,
     is_float,
+    kernel_variable,
     set_keras_mask,
     told_as_it_is,
     without_autocast,
@@ -533,7 +534,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if key is None:
             key = value
         masks = (query_mask, value_mask, key_mask)
-        query, value, key, finite = self._without_padding(
+        query, value, key, good = self._without_padding(
             Inputs(query, value, key), masks, attention_mask, segment_ids, cache
         )
         if cache is None:
@@ -569,8 +570,8 @@ class MultiHeadAttention(keras.layers.Layer):
         if self._use_gate:
             heads = heads * self._gate_dense(query)
         output = self.output_dense(heads)
-        if finite is not None:
-            output, scores = self._spoilt(output, scores, query, finite, mask)
+        if good is not None:
+            output, scores = self._spoilt(output, scores, query, good, mask)
         if query_mask is not None:
             set_keras_mask(output, query_mask)
         results = (output,)
@@ -615,9 +616,9 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _without_padding(self, inputs, masks, attention_mask, segment_ids, cache):
         """Returns query, value and key without numbers that masks hide, and which
-        queries and keys were finite where some that were not may be seen (else `None`).
-        """
+        queries and keys are good where a query may see some that are not finite."""
         query_mask, *key_masks = masks
+        value_is_query = inputs.value is inputs.query
         if cache is not None:
             key_masks = masks  # a new token is both
         elif isinstance(attention_mask, Mask):
@@ -628,17 +629,17 @@ class MultiHeadAttention(keras.layers.Layer):
         clean = inputs.zero_unless(query_mask, visible, keep_finite)
         if cache is not None:
             return *clean, None
-        has_segments = segment_ids is not None or bool(
-            padding.parts(attention_mask, Segments)
-        )
-        # In self-attention what is hidden as a key still asks as a query.
-        asks = query_mask is None and visible is not None
-        if not has_segments and not (asks and inputs.value is inputs.query):
+        if segment_ids is not None or padding.parts(attention_mask, Segments):
+            good = clean.finite_tokens()
+        elif visible is not None and query_mask is None and value_is_query:
+            # What is hidden as a key asks as a query; what is seen stays as it is.
+            finite = padding.finite_tokens(clean.query, 1)
+            good = ops.logical_or(finite, ops.cast(visible, "bool")), None
+        else:
             return *clean, None
-        finite = clean.finite_tokens()
-        if padding.are_all(*finite):
+        if padding.are_all(*(x for x in good if x is not None)):
             return *clean, None
-        return *clean.zero_unless(*finite, keep_finite=False), finite
+        return *clean.zero_unless(*good, keep_finite=False), good
 
     def _not_padding(self, mask, value):
         """Returns which tokens of the value a mask object's padding does not hide."""
@@ -649,10 +650,13 @@ class MultiHeadAttention(keras.layers.Layer):
         valid = ops.broadcast_to(valid, folded)
         return self._axes.unfold(valid[:, :, None, None], like=value)[..., 0, 0]
 
-    def _spoilt(self, output, scores, like, finite, mask):
-        """Puts NaN where a query attends to tokens that were not finite."""
-        query, key = map(self._axes.fold_positions, finite)
-        spoilt = padding.spoilt_queries(query, key, padding.parts(mask, Segments))
+    def _spoilt(self, output, scores, like, good, mask):
+        """Puts NaN where a query is not good, or may attend to a key that is not."""
+        query, key = good
+        segments = [] if key is None else padding.parts(mask, Segments)
+        key = None if key is None else self._axes.fold_positions(key)
+        query = self._axes.fold_positions(query)
+        spoilt = padding.spoilt_queries(query, key, segments)
         if scores is not None:
             scores = padding.nan_where(spoilt[:, None, :], scores)
         spoilt = self._axes.unfold(spoilt[:, :, None, None], like)[..., 0, 0]
@@ -711,8 +715,8 @@ class MultiHeadAttention(keras.layers.Layer):
 
     def _key_heads(self, key: Tensor) -> Tensor:
         if self.num_key_value_heads < self._num_heads:
-            kernel = self.key_dense.kernel
-            input_checks.check_shared_heads(kernel.value, kernel.shape[1])
+            kernel = kernel_variable(self.key_dense).value
+            input_checks.check_shared_heads(kernel, self.num_key_value_heads)
         heads = self._normalized(self.key_dense(key), self.key_norm_scale)
         return self._axes.fold(heads)
 

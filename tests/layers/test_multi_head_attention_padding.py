@@ -99,6 +99,15 @@ def test_a_hidden_key_that_is_a_query_all_the_same(name):
     assert np.isfinite(output).all()
 
 
+@pytest.mark.parametrize("name", ["value_mask", "query_mask"])
+def test_a_token_that_all_may_see_is_not_hidden(name):
+    x = X.copy()
+    x[0, 1] = np.nan
+    output = to_numpy(layer_with()(to_tensor(x), **{name: to_tensor(VALID)}))
+    np.testing.assert_array_equal(np.isnan(output[0, VALID[0]]), True)
+    assert np.isfinite(output[1]).all()
+
+
 def test_a_mask_that_keras_found():
     layer = layer_with()
     inputs = keras.Input((T, D))

@@ -228,3 +228,12 @@ def test_a_layout_map_written_for_keras_layer_finds_the_same_variables():
     ours = found(OURS)
     assert ours == found(KERAS)
     assert sum(axes is not None for axes in ours.values()) == 4
+
+
+def test_grouped_heads_train_with_lora():
+    layer = layer_with(num_key_value_heads=2)
+    x = to_tensor(X)
+    expected = to_numpy(layer(x))
+    for dense in (layer.key_dense, layer.value_dense):
+        dense.enable_lora(2)
+    np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=1e-6)
