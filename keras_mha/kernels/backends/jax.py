@@ -155,7 +155,11 @@ def drawn(generator: Any, draw: Callable) -> Any:
 
 
 def with_gradient(
-    forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
+    forward: Callable,
+    backward: Callable,
+    formula: Callable,
+    problem: Any,
+    tensors: dict[str, Any],
 ) -> Any:
     """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
     return _attention(forward, backward, problem, tensors)
