@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_mha.kernels.backends.tensorflow_differentiable import (
+    in_forward_mode,
     pulled_back,
     unrecorded,
     with_derivatives_of,
@@ -182,9 +183,12 @@ def with_gradient(
     problem: Any,
     tensors: dict[str, Any],
 ) -> Any:
-    """Runs `forward` and differentiates it by `backward`, whose own derivatives are
-    those of `formula`; see `blockwise`."""
+    """Runs `forward` and differentiates it by `backward`, and by `formula` where more
+    than a gradient is asked for; see `blockwise`."""
     names = [name for name in problem.differentiable if name in tensors]
+    inputs = [tensors[name] for name in names]
+    if in_forward_mode(inputs):
+        return formula(problem, tensors)
 
     def with_inputs(inputs):
         return tensors | dict(zip(names, inputs, strict=True))
@@ -200,9 +204,9 @@ def with_gradient(
 
         def find_by_formula(output_gradient, *inputs):
             attend = lambda *inputs: formula(problem, with_inputs(inputs))  # noqa: E731
-            return pulled_back(attend, inputs, output_gradient)[1]
+            return pulled_back(attend, inputs, output_gradient)
 
         gradient = with_derivatives_of(find_by_formula, find)
         return output, lambda output_gradient: gradient(output_gradient, *inputs)
 
-    return attention(*(tensors[name] for name in names))
+    return attention(*inputs)
