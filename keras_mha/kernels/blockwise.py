@@ -371,10 +371,11 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
     # Nothing is cut here: in XLA's programs of TensorFlow, the gradient of a piece that
     # was cut out has no gradient.
     scores = _Scores(replace(problem, groups_at_once=None, tile=None), tensors)
-    walk, place = scores.walk, Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0)
-    query, key, value = (
-        _folded(tensors[name]) for name in ("query", "key", "value")
+    walk, place = (
+        scores.walk,
+        Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0),
     )
+    query, key, value = (_folded(tensors[name]) for name in ("query", "key", "value"))
     logits = walk.backend.scores(query * problem.scale, key)
     if problem.logit_soft_cap is not None:
         logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)

@@ -205,7 +205,9 @@ def with_gradient(
         return formula(problem, tensors)
     names = [name for name in problem.differentiable if name in tensors]
     inputs = [tensors[name] for name in names]
-    return _Attention.apply(forward, backward, formula, problem, tensors, names, *inputs)
+    return _Attention.apply(
+        forward, backward, formula, problem, tensors, names, *inputs
+    )
 
 
 class _Attention(torch.autograd.Function):
