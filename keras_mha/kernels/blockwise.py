@@ -16,7 +16,8 @@ one number a row, `lse = top + log(total)`, which brings the weights of any tile
 Tiles that the mask empties are not computed: those of which it says so beforehand
 (`Mask.status`), and those of which its booleans turn out to be all `False`. Half types
 are cast tile by tile; everything is computed in float32 (or float64). What is written
-here are first derivatives: all others are those of the formula with all scores (`whole`).
+here are first derivatives: all others are those of the formula, with all scores
+(`whole`).
 
 References:
     Rabe and Staats, 2021, Self-attention does not need O(n^2) memory:
@@ -357,7 +358,7 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
 
 
 def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
-    """Attends with all scores at once, by operations that have derivatives of any order.
+    """Attends with all scores at once, by operations that have every derivative.
 
     The same weights are dropped as in tiles.
 

@@ -183,15 +183,12 @@ def _run_tangent(function, call, primals, rest, tangents):
 # --------------------------------------------------------------------- primitives
 
 
-def _primitive(name, compute):
+def _primitive(name, compute, abstract):
     primitive = Primitive(f"keras_mha_{name}")
     primitive.multiple_results = True
 
     def run(*tensors, call):
         return _run(compute, call, *tensors)
-
-    def abstract(*tensors, call):
-        return jax.make_jaxpr(partial(run, call=call))(*tensors).out_avals
 
     primitive.def_impl(run)
     primitive.def_abstract_eval(abstract)
@@ -221,9 +218,21 @@ def _map(primitive, tensors, axes, *, call):
     return found, (0,) * len(found)
 
 
-_attend = _primitive("attend", _compute_attend)
-_pull_back = _primitive("pull_back", _compute_pull_back)
-_tangent = _primitive("tangent", _compute_tangent)
+def _abstract_attend(*tensors, call):
+    return jax.make_jaxpr(partial(_run, _compute_attend, call))(*tensors).out_avals
+
+
+def _abstract_pull_back(*tensors, call):
+    return [tensors[position] for position in call.wanted]
+
+
+def _abstract_tangent(*tensors, call):
+    return [tensors[call.inputs]]  # like the output
+
+
+_attend = _primitive("attend", _compute_attend, _abstract_attend)
+_pull_back = _primitive("pull_back", _compute_pull_back, _abstract_pull_back)
+_tangent = _primitive("tangent", _compute_tangent, _abstract_tangent)
 
 
 def _is_zero(tangent):

@@ -1,7 +1,8 @@
 """Derivatives beyond the first gradient on TensorFlow.
 
-Nested tapes differentiate a kernel's gradient, and a ForwardAccumulator the kernel. Both
-are given the *formula*: the same call written with operations that have every derivative.
+Nested tapes differentiate a kernel's gradient, and a ForwardAccumulator the kernel.
+Both are given the *formula*: the same call written with operations that have every
+derivative.
 """
 
 from collections.abc import Callable, Sequence
