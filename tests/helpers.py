@@ -139,6 +139,100 @@ def _pull_back_torch(function, tensors, cotangents):
     return [output.detach() for output in outputs], found
 
 
+def second_derivatives(
+    function: Callable[..., Any],
+    arrays: Sequence[np.ndarray],
+    cotangent: np.ndarray,
+    directions: Sequence[np.ndarray],
+    dtype: str = "float32",
+) -> list[np.ndarray]:
+    """Differentiates the gradient once more, going back through it.
+
+    Returns:
+        The gradients of sum_k sum(g_k * directions[k]), where the g_k are those of
+        sum(function(*arrays) * cotangent).
+    """
+    tensors = [to_tensor(array, dtype) for array in arrays]
+    cotangent = to_tensor(cotangent, dtype)
+    directions = [to_tensor(direction, dtype) for direction in directions]
+    run = {
+        "tensorflow": _second_derivatives_tensorflow,
+        "jax": _second_derivatives_jax,
+        "torch": _second_derivatives_torch,
+    }[keras.backend.backend()]
+    return [to_numpy(x) for x in run(function, tensors, cotangent, directions)]
+
+
+def _sum_of_products(xs, ys):
+    return sum(keras.ops.sum(x * y) for x, y in zip(xs, ys, strict=True))
+
+
+def _second_derivatives_tensorflow(function, tensors, cotangent, directions):
+    import tensorflow as tf
+
+    with tf.GradientTape() as outer:
+        outer.watch(tensors)
+        with tf.GradientTape() as inner:
+            inner.watch(tensors)
+            loss = tf.reduce_sum(function(*tensors) * cotangent)
+        first = inner.gradient(loss, tensors)
+        product = _sum_of_products(first, directions)
+    found = outer.gradient(product, tensors, unconnected_gradients="zero")
+    return [tf.convert_to_tensor(gradient) for gradient in found]
+
+
+def _second_derivatives_jax(function, tensors, cotangent, directions):
+    import jax
+
+    every = tuple(range(len(tensors)))
+
+    def product(*inputs):
+        loss = lambda *inputs: (function(*inputs) * cotangent).sum()  # noqa: E731
+        return _sum_of_products(jax.grad(loss, every)(*inputs), directions)
+
+    return call_at_once(jax.grad(product, every), tensors)
+
+
+def _second_derivatives_torch(function, tensors, cotangent, directions):
+    import torch
+
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    loss = (function(*tensors) * cotangent).sum()
+    first = torch.autograd.grad(loss, tensors, create_graph=True)
+    product = _sum_of_products(first, directions)
+    return torch.autograd.grad(
+        product, tensors, allow_unused=True, materialize_grads=True
+    )
+
+
+def tangent(
+    function: Callable[..., Any],
+    arrays: Sequence[np.ndarray],
+    directions: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Returns the derivative of `function(*arrays)` along the directions, found in
+    forward mode."""
+    tensors = [to_tensor(array) for array in arrays]
+    directions = [to_tensor(direction) for direction in directions]
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        def run(*inputs):
+            return jax.jvp(function, inputs, tuple(directions))[1]
+
+        return to_numpy(call_at_once(run, tensors))
+    if backend == "torch":
+        import torch
+
+        return to_numpy(torch.func.jvp(function, (*tensors,), (*directions,))[1])
+    import tensorflow as tf
+
+    with tf.autodiff.ForwardAccumulator(tensors, directions) as accumulator:
+        output = function(*tensors)
+    return to_numpy(accumulator.jvp(output))
+
+
 def call_at_once(function: Callable[..., Any], tensors: Sequence[Any]) -> Any:
     """`function(*tensors)`, which JAX compiles as one program.
 

@@ -15,8 +15,9 @@ one number a row, `lse = top + log(total)`, which brings the weights of any tile
 
 Tiles that the mask empties are not computed: those of which it says so beforehand
 (`Mask.status`), and those of which its booleans turn out to be all `False`. Half types
-are cast tile by tile; everything is computed in float32 (or float64). There are first
-derivatives only: those of second order are the reference's.
+are cast tile by tile; everything is computed in float32 (or float64). What is written
+here are first derivatives: all others are those of the formula, with all scores
+(`whole`).
 
 References:
     Rabe and Staats, 2021, Self-attention does not need O(n^2) memory:
@@ -37,9 +38,10 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float, larger
 from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import LOWEST
+from keras_mha.kernels.masking import LOWEST, mask_block
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.walk import Place, Walk
+from keras_mha.masks import whole_tile
 
 # The largest logit of a row that has none yet: a little above what masks, so that the
 # exponential of what is masked is 0 against it.
@@ -97,7 +99,9 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
     batch, rows, heads, _ = ops.shape(call.query)
     shape = (batch, rows, heads, call.value.shape[3])
     problem, tensors = _prepared(call)
-    output = backends.current().with_gradient(forward, backward, problem, tensors)
+    output = backends.current().with_gradient(
+        forward, backward, whole, problem, tensors
+    )
     output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
     return ops.reshape(output, shape), None
 
@@ -348,6 +352,52 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
     return walk.for_each_tile(row, visit_tile, (ops.zeros_like(query), *results))
 
 
+def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
+    """Attends with all scores at once, by operations that have every derivative.
+
+    The same weights are dropped as in tiles.
+
+    Args:
+        problem: As of `forward`.
+        tensors: As of `forward`.
+
+    Returns:
+        The output, shape `(B, K, V, G, T)`.
+    """
+    # Nothing is cut here: in XLA's programs of TensorFlow, the gradient of a piece that
+    # was cut out has no gradient.
+    scores = _Scores(replace(problem, groups_at_once=None, tile=None), tensors)
+    walk, place = (
+        scores.walk,
+        Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0),
+    )
+    query, key, value = (_folded(tensors[name]) for name in ("query", "key", "value"))
+    logits = walk.backend.scores(query * problem.scale, key)
+    if problem.logit_soft_cap is not None:
+        logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)
+    logits = walk.by_head(logits)
+    logits, seen = scores.whole(logits, place)
+    if "sink" in tensors:
+        sink = ops.cast(tensors["sink"], walk.dtype)[None, :, :, None, None]
+        sink = ops.broadcast_to(sink, ops.shape(logits[..., :1]))
+        logits = ops.concatenate([logits, sink], axis=-1)
+    # As a tuple where there is one key: of an int, Keras would warn.
+    weights = ops.softmax(logits, axis=(4,) if logits.shape[4] == 1 else -1)
+    weights = weights[..., : ops.shape(seen)[4]] / (1.0 - problem.dropout)
+    weights = walk.folded_scores(ops.where(seen, weights, ops.cast(0.0, walk.dtype)))
+    output = walk.backend.to_rows(scores.dropped(place)(weights), value)
+    batch, groups, _, shared, rows = ops.shape(tensors["query"])
+    output = ops.reshape(output, (batch, groups, ops.shape(value)[1], shared, rows))
+    return ops.cast(output, dtype_name(tensors["query"]))
+
+
+def _folded(x: Tensor) -> Tensor:
+    """Returns all of a tensor as `Walk` cuts it, in float32 at least."""
+    batch, groups, width, *positions = ops.shape(x)
+    x = ops.reshape(x, (batch * groups, width, math.prod(positions)))
+    return at_least_float32(x)
+
+
 class _Scores:
     """The tiles of the score matrix, as forward and backward pass both need them."""
 
@@ -407,6 +457,25 @@ class _Scores:
             lambda block: walk.summed_scores(d_logits, block),
         )
         return tuple(ops.cast(gradient, walk.dtype) for gradient in gradients)
+
+    def whole(self, logits: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """Returns all logits by head with their biases, and which of them are seen,
+        those that are not so low that no softmax sees them."""
+        walk = self.walk
+        tile = whole_tile(walk.rows.length, walk.columns.length)
+        if "bias" in self.tensors:
+            logits = logits + ops.cast(self.tensors["bias"], walk.dtype)
+        if self.problem.position_bias is not None:
+            held = tuple(self.tensors[name] for name in self.problem.position_tensors)
+            bias = join_tensors(self.problem.position_bias, held)
+            block = walk._block_by_head(bias.block(tile), tile, place)
+            logits = logits + ops.cast(block, walk.dtype)
+        seen = logits > LOWEST
+        if walk.mask is not None:
+            heads = walk.groups * walk.shared
+            block = mask_block(walk.mask, tile, walk.static_batch, heads)
+            seen = ops.logical_and(seen, walk._block_by_head(block, tile, place))
+        return ops.where(seen, logits, ops.cast(LOWEST, walk.dtype)), seen
 
     def dropped(self, place: Place) -> Callable[[Tensor], Tensor]:
         """Returns what drops weights of a tile, without scaling up the rest."""

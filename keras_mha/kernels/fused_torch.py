@@ -9,7 +9,12 @@ import torch
 from torch.nn import functional  # looked into when called: others replace what is there
 
 from keras_mha._keras import Tensor
-from keras_mha.kernels.backends.torch import first_order_only, is_exporting
+from keras_mha.kernels.backends.torch import is_exporting, splits_sequences
+from keras_mha.kernels.backends.torch_differentiable import (
+    differentiable,
+    of_formula,
+    takes_formula,
+)
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import allowed_pairs, bias_block
 from keras_mha.kernels.parts import split_tensors
@@ -59,7 +64,7 @@ def attend(call: AttentionCall) -> Tensor:
     else:
         # For many rows each head's in a piece is faster, for few the copies cost more.
         query, key, value = (x.contiguous() for x in (query, key, value))
-        if _one_call_does(call):
+        if _one_call_does(call) or takes_formula():
             output = _attend_tile(call, whole, query, key, value)
         else:
             output = _attend_slices(call, query, key, value)
@@ -103,16 +108,35 @@ def _attend_tile(call, tile, query, key, value):
     """Attends from the tile's rows to its columns; tensors are `(B, heads, ...)`."""
     causal = tile.whole and _is_causal(call)
     mask, seen = (None, None) if causal else _torch_mask(call, tile)
-    output = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=call.scale,
-        enable_gqa=bool(query.shape[1] != key.shape[1]),  # tensors, when traced
-    )
+    output = _torch_attention(query, key, value, mask, causal, call.scale)
     return output if seen is None else torch.where(seen, output, 0.0)
+
+
+def _torch_attention(query, key, value, mask, causal, scale):
+    """Calls torch's kernel, and sees to the derivatives that it has not."""
+    options = {
+        "is_causal": causal,
+        "scale": scale,
+        "enable_gqa": bool(query.shape[1] != key.shape[1]),  # tensors, when traced
+    }
+
+    def formula(query, key, value, mask=mask):
+        # What torch's function itself takes where no kernel fits.
+        attend = torch.ops.aten._scaled_dot_product_attention_math
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
+        return attend(query, key, value, attn_mask=mask, **options)[0]
+
+    if takes_formula() and not splits_sequences():
+        return formula(query, key, value)
+    output = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, **options
+    )
+    if not output.requires_grad or is_exporting() or splits_sequences():
+        return output
+    if mask is not None and mask.requires_grad:
+        return differentiable(formula, output, query, key, value, mask)
+    return differentiable(formula, output, query, key, value)
 
 
 def _torch_mask(call, tile):
@@ -161,8 +185,15 @@ class _Slices(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, output_gradient):
-        first_order_only()
         inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # this gradient is to be differentiated again
+            whole = Tile(0, inputs[0].shape[2], 0, inputs[1].shape[2], whole=True)
+            found = of_formula(
+                lambda *inputs: _attend_tile(ctx.call, whole, *inputs),
+                inputs,
+                output_gradient,
+            )
+            return None, *found
         # Of half types the slices' parts are added up in float32.
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]

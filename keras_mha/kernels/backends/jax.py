@@ -2,12 +2,15 @@
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from keras_mha.kernels.backends.jax_differentiable import with_gradient
+
+__all__ = ["with_gradient"]  # beside what is defined here
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
 
@@ -152,36 +155,3 @@ def drawn(generator: Any, draw: Callable) -> Any:
     """Returns `draw(generator)`, or what it returned before where a gradient computes
     the same again."""
     return draw(generator)  # of a traced function nothing is run again
-
-
-def with_gradient(
-    forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
-) -> Any:
-    """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
-    return _attention(forward, backward, problem, tensors)
-
-
-# Compiled here too, for calls from outside of any `jax.jit`: a loop that is run eagerly
-# would be compiled in every call.
-@partial(jax.jit, static_argnums=(0, 1))
-def _run(function, problem, *arguments):
-    return function(problem, *arguments)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(forward, backward, problem, tensors):
-    return _run(forward, problem, tensors)[0]
-
-
-def _attention_forward(forward, backward, problem, tensors):
-    output, lse = _run(forward, problem, tensors)
-    return output, (tensors, output, lse)
-
-
-def _attention_backward(forward, backward, problem, saved, output_gradient):
-    gradients = _run(backward, problem, *saved, output_gradient)
-    # None stands for no gradient: of the mask and of the seed.
-    return ({name: gradients.get(name) for name in saved[0]},)
-
-
-_attention.defvjp(_attention_forward, _attention_backward)

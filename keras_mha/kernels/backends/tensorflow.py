@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_mha.kernels.backends.tensorflow_differentiable import (
+    in_forward_mode,
+    pulled_back,
+    unrecorded,
+    with_derivatives_of,
+)
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
 
 __all__ = ["drawn"]  # beside what is defined here
@@ -171,25 +177,36 @@ def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
 
 
 def with_gradient(
-    forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
+    forward: Callable,
+    backward: Callable,
+    formula: Callable,
+    problem: Any,
+    tensors: dict[str, Any],
 ) -> Any:
-    """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
+    """Runs `forward` and differentiates it by `backward`, and by `formula` where more
+    than a gradient is asked for; see `blockwise`."""
     names = [name for name in problem.differentiable if name in tensors]
+    inputs = [tensors[name] for name in names]
+    if in_forward_mode(inputs):
+        return formula(problem, tensors)
 
-    def run(*inputs):
-        return forward(problem, tensors | dict(zip(names, inputs, strict=True)))
+    def with_inputs(inputs):
+        return tensors | dict(zip(names, inputs, strict=True))
 
     @tf.custom_gradient
     def attention(*inputs):
-        # Eagerly a gradient tape would keep every tile: only this stops its recording.
-        # The gradient that comes with it is never asked for.
-        once = tf.recompute_grad(run) if tf.executing_eagerly() else run
-        output, lse = once(*inputs)
+        run = unrecorded(lambda *inputs: forward(problem, with_inputs(inputs)))
+        output, lse = run(*inputs)
 
-        def gradient(output_gradient):
-            found = backward(problem, tensors, output, lse, output_gradient)
+        def find(output_gradient, *inputs):
+            found = backward(problem, with_inputs(inputs), output, lse, output_gradient)
             return [found[name] for name in names]
 
-        return output, gradient
+        def find_by_formula(output_gradient, *inputs):
+            attend = lambda *inputs: formula(problem, with_inputs(inputs))  # noqa: E731
+            return pulled_back(attend, inputs, output_gradient)
 
-    return attention(*(tensors[name] for name in names))
+        gradient = with_derivatives_of(find_by_formula, find)
+        return output, lambda output_gradient: gradient(output_gradient, *inputs)
+
+    return attention(*inputs)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
 from keras_mha.kernels.backends.torch_recomputing import drawn
 
 __all__ = ["drawn"]  # beside what is defined here
@@ -114,7 +115,7 @@ def at_least(numbers: Any, threshold: int) -> Any:
 
 def keep(x: Any, kept: Any) -> Any:
     """Returns `x` with zeros where `at_least` said no."""
-    if x.dtype == torch.float32 and not x.requires_grad:
+    if x.dtype == torch.float32 and not x.requires_grad and not takes_formula():
         return (x.view(torch.int32) & kept).view(torch.float32)
     return torch.where(kept != 0, x, 0)
 
@@ -192,41 +193,49 @@ def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
 # The compiler would unroll the loops over tiles: it runs them as they are.
 @torch.compiler.disable
 def with_gradient(
-    forward: Callable, backward: Callable, problem: Any, tensors: dict[str, Any]
+    forward: Callable,
+    backward: Callable,
+    formula: Callable,
+    problem: Any,
+    tensors: dict[str, Any],
 ) -> Any:
-    """Runs `forward` and differentiates it by `backward`; see `blockwise`."""
+    """Runs `forward` and differentiates it by `backward`, and by `formula` where more
+    than a gradient is asked for; see `blockwise`."""
+    if takes_formula():
+        return formula(problem, tensors)
     names = [name for name in problem.differentiable if name in tensors]
     inputs = [tensors[name] for name in names]
-    return _Attention.apply(forward, backward, problem, tensors, names, *inputs)
+    return _Attention.apply(
+        forward, backward, formula, problem, tensors, names, *inputs
+    )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, problem, tensors, names, *inputs):
+    def forward(ctx, forward, backward, formula, problem, tensors, names, *inputs):
         tensors = {n: x for n, x in tensors.items() if n not in names}
         output, lse = forward(problem, tensors | dict(zip(names, inputs, strict=True)))
         ctx.save_for_backward(*inputs, output, lse)
-        ctx.rest = backward, problem, tensors, names
+        ctx.rest = backward, formula, problem, tensors, names
         return output
 
     @staticmethod
     def backward(ctx, output_gradient):
-        first_order_only()
-        backward, problem, tensors, names = ctx.rest
+        backward, formula, problem, tensors, names = ctx.rest
         *inputs, output, lse = ctx.saved_tensors
-        tensors = tensors | dict(zip(names, inputs, strict=True))
-        needed = zip(names, ctx.needs_input_grad[5:], strict=True)
+
+        def with_inputs(*inputs):
+            return tensors | dict(zip(names, inputs, strict=True))
+
+        if torch.is_grad_enabled():  # this gradient is to be differentiated again
+            found = of_formula(
+                lambda *inputs: formula(problem, with_inputs(*inputs)),
+                inputs,
+                output_gradient,
+            )
+            return (None,) * 6 + tuple(found)
+        needed = zip(names, ctx.needs_input_grad[6:], strict=True)
         needed = tuple(name for name, is_needed in needed if is_needed)
         problem = dataclasses.replace(problem, differentiable=needed)
-        found = backward(problem, tensors, output, lse, output_gradient)
-        return (None,) * 5 + tuple(found.get(name) for name in names)
-
-
-def first_order_only() -> None:
-    """Raises in a backward pass whose result is to be differentiated again."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "attention in linear memory has first derivatives only. For those of "
-            "second order (create_graph=True) take implementation='reference' "
-            "(flash_attention=False)."
-        )
+        found = backward(problem, with_inputs(*inputs), output, lse, output_gradient)
+        return (None,) * 6 + tuple(found.get(name) for name in names)
