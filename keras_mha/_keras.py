@@ -156,6 +156,17 @@ def _is_our_own(error: Exception) -> bool:
     return module.split(".")[0] == __name__.split(".")[0]
 
 
+def parts_not_rematerialized(
+    layer: keras.layers.Layer,
+) -> contextlib.AbstractContextManager:
+    """Keeps Keras from computing again, one by one, layers made in this context for
+    one that is computed again as a whole (`keras.RematScope`)."""
+    mode = getattr(layer, "_remat_mode", None)
+    if mode is None or mode.mode != "full":
+        return contextlib.nullcontext()
+    return keras.RematScope(mode=None)
+
+
 def is_in_sharing_scope() -> bool:
     """Whether Keras is writing or reading a model, and finds out what is shared."""
     return get_global_attribute(_NOTED) is not None
@@ -217,6 +228,7 @@ __all__ = [
     "larger",
     "losses_kept",
     "note_shared",
+    "parts_not_rematerialized",
     "set_keras_mask",
     "smaller",
     "to_tensor",

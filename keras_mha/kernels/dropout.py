@@ -14,6 +14,7 @@ References:
         https://doi.org/10.1145/2660193.2660195
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from keras import ops
@@ -27,12 +28,21 @@ _MIX = (0x7FEB352D, 0x846CA68B - 2**32)
 _HEAD, _ROW, _STEP = 0x5BD1E995, 0x1B873593, 0x2C1B3C6D
 
 
+@dataclass(frozen=True, eq=False)
+class DrawnSeed:
+    """What `seed_pair` returned, where it must be drawn before the call is made."""
+
+    pair: Tensor
+
+
 def seed_pair(seed: Any) -> Tensor:
     """Returns two int32 for one call of attention; a generator goes on to its next.
 
     Where a gradient computes the call again (gradient checkpointing), they are those of
     the first time: output and gradient must belong to the same weights dropped.
     """
+    if isinstance(seed, DrawnSeed):
+        return seed.pair
     if isinstance(seed, int):
         return ops.cast(draw_seed(seed), "int32")
     return ops.cast(backends.current().drawn(seed, draw_seed), "int32")

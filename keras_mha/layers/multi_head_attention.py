@@ -1,8 +1,10 @@
 """Multi-head attention as a Keras layer."""
 
 import functools
+import inspect
 import math
 import string
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -17,6 +19,7 @@ from keras_mha._keras import (
     get_keras_mask,
     is_float,
     kernel_variable,
+    parts_not_rematerialized,
     set_keras_mask,
     to_tensor,
     told_as_it_is,
@@ -33,6 +36,7 @@ from keras_mha.layers.conversion import converted
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
+from keras_mha.layers.rematerialization import as_function_of_floats
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
 from keras_mha.masks import (
@@ -46,7 +50,8 @@ from keras_mha.masks import (
     intersect,
 )
 from keras_mha.ops import padding
-from keras_mha.ops.dot_product_attention import attend_without_padding
+from keras_mha.ops.dot_product_attention import attend_without_padding, drawn
+from keras_mha.ops.tensors import known_numbers
 
 ATTENTION_SINKS = (None, "zero", "learned")
 
@@ -257,6 +262,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         self._scale = _optional(_checks.number, "scale", scale)
         self.seed = _optional(_checks.integer, "seed", seed)
+        self._seed_of_this_call = None
         self.position = self._checked_position(position)
         self._place = None if position is None else position.take_place()
 
@@ -380,8 +386,12 @@ class MultiHeadAttention(keras.layers.Layer):
             "value": value_shape[-1],
             "key": key_shape[-1],
         }
-        heads, groups = self._num_heads, self.num_key_value_heads
+        with parts_not_rematerialized(self):
+            self._make_projections(query_shape, value_shape, key_shape)
+        self._add_own_weights()
 
+    def _make_projections(self, query_shape, value_shape, key_shape) -> None:
+        heads, groups = self._num_heads, self.num_key_value_heads
         # In the order of Keras's layer, which files of LoRA weights and equal initial
         # weights from equal seeds both count on.
         self.query_dense = self._projection("query", query_shape, heads, self._key_dim)
@@ -397,7 +407,6 @@ class MultiHeadAttention(keras.layers.Layer):
             self._dropout, dtype=self.dtype_policy, seed=self.seed
         )
         self.output_dense = self._output_projection(query_shape)
-        self._add_own_weights()
 
     def _projection(
         self, name: str, shape: Shape, heads: int, width: int, activation=None
@@ -563,8 +572,7 @@ class MultiHeadAttention(keras.layers.Layer):
             operands,
             mask,
             self._attention_bias(attention_bias, query, value),
-            # The rate first: under `keras.RematScope` JAX traces `training`.
-            self._dropout if self._dropout and training else 0.0,
+            training,
             return_attention_scores,
         )
         heads = self._axes.unfold(heads, like=query)
@@ -585,7 +593,7 @@ class MultiHeadAttention(keras.layers.Layer):
     def _as_floats(self, x: Tensor | None) -> Tensor | None:
         return x if x is None or is_float(x) else ops.cast(x, self.compute_dtype)
 
-    def _attend(self, operands, mask, bias, dropout, return_scores):
+    def _attend(self, operands, mask, bias, training, return_scores):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""
         heads = operands.query, operands.key, operands.value
         arguments = {
@@ -597,14 +605,14 @@ class MultiHeadAttention(keras.layers.Layer):
             "sink": self._sink_logits(),
         }
         recording.note(self, *heads, **arguments)
-        result = attend_without_padding(
+        attend = functools.partial(
+            attend_without_padding,
             *heads,
             **arguments,
-            dropout=dropout,
-            seed=self._dropout_layer.seed_generator if dropout else None,
             return_scores=return_scores,
             implementation=self._implementation(),
         )
+        result = self._as_trained(attend, training)
         heads, scores = result if return_scores else (result, None)
         heads = ops.cast(heads, self.compute_dtype)
         if operands.new_tokens is not None:
@@ -612,6 +620,51 @@ class MultiHeadAttention(keras.layers.Layer):
         if return_scores:
             scores = ops.cast(scores, self.compute_dtype)
         return heads, scores
+
+    def _as_trained(self, attend, training):
+        """Runs `attend`, with dropout if `training`, which a program may learn late."""
+        if self._dropout == 0:
+            return attend(dropout=0.0)
+        if ops.is_tensor(training):
+            known = known_numbers(training)
+            training = training if known is None else bool(known)
+        if not ops.is_tensor(training):
+            if not training:
+                return attend(dropout=0.0)
+            return attend(dropout=self._dropout, seed=self._seed())
+        seed = drawn(self._seed())  # a generator's state cannot leave a branch
+        return ops.cond(
+            training,
+            lambda: attend(dropout=self._dropout, seed=seed),
+            lambda: attend(dropout=0.0),
+        )
+
+    def _seed(self):
+        if self._seed_of_this_call is not None:
+            return self._seed_of_this_call
+        return self._dropout_layer.seed_generator
+
+    def rematerialized_call(self, layer_call: Callable, *args: Any, **kwargs: Any):
+        """Has Keras compute the call again for its gradient: `keras.RematScope`."""
+        arguments = inspect.signature(layer_call).bind(*args, **kwargs).arguments
+        if arguments.get("query_mask") is None:
+            # Inside stand other tensors, which carry no masks.
+            arguments["query_mask"] = get_keras_mask(arguments["query"])
+        seed = None
+        training = arguments.get("training")
+        if self._dropout and (ops.is_tensor(training) or training):
+            seed = drawn(self._seed())  # once, for both times
+
+        def call(**arguments):
+            self._seed_of_this_call = seed
+            try:
+                return layer_call(**arguments)
+            finally:
+                self._seed_of_this_call = None
+
+        call, tensors = as_function_of_floats(call, arguments)
+        call = super().rematerialized_call(call, **arguments)
+        return lambda *args, **kwargs: call(*tensors)
 
     # ------------------------------------------------------------------ padding
 

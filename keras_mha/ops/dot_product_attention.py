@@ -20,6 +20,7 @@ from keras_mha._keras import (
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.dropout import DrawnSeed, seed_pair
 from keras_mha.ops import padding, planner
 
 
@@ -262,6 +263,12 @@ def attend_without_padding(query, key, value, *, implementation, **arguments):
     return (output, scores) if call.return_scores else output
 
 
+def drawn(seed: int | SeedGenerator | None) -> DrawnSeed:
+    """Draws what one call needs of a seed now, to be given to it as its seed: where the
+    call may be computed twice, or within a branch that a generator cannot leave."""
+    return DrawnSeed(seed_pair(seed))
+
+
 def checked_call(
     query,
     key,
@@ -429,7 +436,7 @@ def _as_sink(sink: Any, heads: int) -> Tensor:
 
 
 def _check_seed(seed: Any) -> None:
-    if seed is None or isinstance(seed, SeedGenerator):
+    if seed is None or isinstance(seed, SeedGenerator | DrawnSeed):
         return
     if not 0 <= _checks.integer("seed", seed) < 2**32:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Received: seed={seed}")

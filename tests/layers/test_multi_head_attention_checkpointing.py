@@ -215,12 +215,11 @@ SCOPES = [
     {"mode": "full"},
     {"mode": "activations"},
     {"mode": "larger_than", "output_size_threshold": 16},
-    {"mode": "list_of_layers", "layer_names": ["attention"]},
+    {"mode": "list_of_layers", "layer_names": ["attention", "attention_6"]},
 ]
 scopes = pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope["mode"])
 
 
-@not_jax  # where Keras's Dropout fails alike: `training` is traced
 @scopes
 def test_keras_remat_scope(scope):
     layers = layers_with(name="attention")
@@ -233,23 +232,49 @@ def test_keras_remat_scope(scope):
 
 def losses_of_fit(scope, dropout):
     keras.utils.set_random_seed(0)
+    inputs = keras.Input(X.shape[1:])
+    x = keras.layers.Masking()(inputs)  # the mask must come through too
     with keras.RematScope(**scope):
-        inputs = keras.Input(X.shape[1:])
-        layer = keras_mha.MultiHeadAttention(
-            2, 4, dropout=dropout, seed=5, name="attention"
-        )
-        model = keras.Model(inputs, keras.layers.Dense(8)(layer(inputs)))
-    # In TensorFlow's graphs no function with keyword arguments is run again.
-    model.compile("sgd", "mse", run_eagerly=BACKEND == "tensorflow")
-    history = model.fit(X, X, epochs=2, batch_size=1, shuffle=False, verbose=0)
+        for seed in (5, 6):
+            x = keras_mha.MultiHeadAttention(
+                2, 4, dropout=dropout, seed=seed, name=f"attention_{seed}"
+            )(query=x, value=x, use_causal_mask=True)
+    model = keras.Model(inputs, keras.layers.Dense(8)(x))
+    model.compile("sgd", "mse")
+    padded = X * (np.arange(16) < 12)[None, :, None]
+    history = model.fit(padded, X, epochs=2, batch_size=1, shuffle=False, verbose=0)
     return history.history["loss"]
 
 
 @scopes
 def test_fit_under_a_remat_scope_is_fit_without(scope):
-    dropout = 0.0 if BACKEND == "jax" else 0.5
-    expected = losses_of_fit({"mode": None}, dropout)
-    np.testing.assert_allclose(losses_of_fit(scope, dropout), expected, rtol=1e-5)
+    expected = losses_of_fit({"mode": None}, 0.5)
+    np.testing.assert_allclose(losses_of_fit(scope, 0.5), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flash", [None, True])
+def test_training_may_be_known_only_when_a_program_runs(flash):
+    (layer,) = layers_with(flash_attention=flash)
+    (generator,) = generators([layer])
+    state = to_numpy(generator.state)
+    # Without a generator's state to go on: a program of JAX keeps none.
+    run = backend_jit(lambda x, training: layer(x, training=training))
+    found = {}
+    for training in (True, False):
+        generator.state.assign(state)
+        expected = to_numpy(layer(to_tensor(X), training=training))
+        generator.state.assign(state)
+        found[training] = to_numpy(run(to_tensor(X), to_tensor(np.array(training))))
+        generator.state.assign(state)
+        np.testing.assert_allclose(found[training], expected, atol=1e-5)
+    assert np.abs(found[True] - found[False]).max() > 0.1
+
+
+def test_training_may_be_known_late_without_dropout():
+    (layer,) = layers_with(dropout=0.0)
+    run = backend_jit(lambda x, training: layer(x, training=training))
+    found = run(to_tensor(X), to_tensor(np.array(True)))
+    np.testing.assert_allclose(to_numpy(found), to_numpy(layer(X)), atol=1e-5)
 
 
 # ---------------------------------------------------------------- TensorFlow
