@@ -294,15 +294,23 @@ def test_one_tensor_as_query_key_and_value(implementation):
 
 
 @only_torch
-def test_dropped_weights_are_the_same_in_forward_mode_without_gradients():
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_forward_mode_sees_the_weights_that_dropout_keeps(implementation):
     import torch
 
-    x = to_tensor(RNG.normal(size=(1, 6, 2, 4)))
-    function = attention(("query", "key", "value"), {"dropout": 0.5, "seed": 1}, "auto")
+    x, direction = to_tensor(RNG.normal(size=(2, 1, 6, 2, 4)))
+
+    def function(query):
+        return keras_mha.dot_product_attention(
+            query, x, x, dropout=0.5, seed=1, implementation=implementation
+        ).sum()
+
+    query = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(query), query)
+    expected = (gradient * direction).sum()
     with torch.no_grad():
-        _, found = torch.func.jvp(lambda value: function(x, x, value), (x,), (x,))
-    # It is linear in the value.
-    np.testing.assert_allclose(to_numpy(found), to_numpy(function(x, x, x)), atol=1e-6)
+        _, found = torch.func.jvp(function, (x,), (direction,))
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------- JAX
