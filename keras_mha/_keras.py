@@ -54,12 +54,46 @@ def is_float(x: Tensor) -> bool:
     return "float" in dtype_name(x)
 
 
+def to_tensor(value: Any) -> Tensor:
+    """Returns `value` as a tensor, whose numbers are whole, or booleans, if they were.
+
+    With `set_floatx("bfloat16")` Keras makes floats of all of them on JAX:
+    https://github.com/keras-team/keras/issues/23679
+    """
+    tensor = keras.ops.convert_to_tensor(value)
+    if not is_float(tensor):
+        return tensor
+    if hasattr(value, "dtype"):
+        kinds = {dtype_name(value)}
+    else:
+        kinds = {type(number).__name__ for number in keras.tree.flatten(value)}
+    if kinds == {"bool"}:
+        return keras.ops.convert_to_tensor(value, dtype="bool")
+    if all("int" in kind for kind in kinds):
+        return keras.ops.convert_to_tensor(value, dtype="int32")
+    return tensor
+
+
+def larger(x: Tensor, y: Tensor | float) -> Tensor:
+    """Returns the larger of two numbers, in the dtype of `x`.
+
+    `ops.maximum` makes float32 of float64 on torch, and of whole numbers on JAX with
+    `set_floatx("bfloat16")`.
+    """
+    return keras.ops.where(x > y, x, y)
+
+
+def smaller(x: Tensor, y: Tensor | float) -> Tensor:
+    """Returns the smaller of two numbers; see `larger`."""
+    return keras.ops.where(x < y, x, y)
+
+
 def as_tensor(value: Any) -> Tensor | None:
     """Returns `value` as a tensor, or `None` if it is no tensor of numbers."""
     if value is None:
         return None
     try:
-        tensor = keras.ops.convert_to_tensor(value)
+        tensor = to_tensor(value)
     except Exception:  # each backend raises errors of its own kind
         return None
     is_number = is_float(tensor) or is_integer(tensor) or dtype_name(tensor) == "bool"
@@ -180,9 +214,12 @@ __all__ = [
     "is_integer",
     "is_symbolic",
     "kernel_variable",
+    "larger",
     "losses_kept",
     "note_shared",
     "set_keras_mask",
+    "smaller",
+    "to_tensor",
     "told_as_it_is",
     "without_autocast",
 ]

@@ -236,7 +236,7 @@ class Causal(Mask):
             rows = tile.row_indices + _spread(self.offset, tile)
             return tile.column_indices <= rows
         rows, columns = tile.cheap_indices
-        return ops.convert_to_tensor(columns <= rows + self.offset)
+        return ops.convert_to_tensor(columns <= rows + self.offset, dtype="bool")
 
     def status(self, tile):
         if not (tile.is_static and isinstance(self.offset, int)):
@@ -270,7 +270,8 @@ class SlidingWindow(Mask):
 
     def block(self, tile):
         rows, columns = tile.cheap_indices
-        return ops.convert_to_tensor(abs(rows - columns) < self.size)
+        near = abs(rows - columns) < self.size
+        return ops.convert_to_tensor(near, dtype="bool")
 
     def status(self, tile):
         if not tile.is_static:

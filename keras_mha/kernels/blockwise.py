@@ -35,7 +35,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float
+from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float, larger
 from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, mask_block
@@ -163,7 +163,7 @@ def _by_length(
     if isinstance(rows, int) and isinstance(columns, int):
         return function(problem, tensors, *others)
     whole = replace(problem, groups_at_once=None, tile=None)
-    most_rows = (backend.FEW_SCORES - 1) // ops.maximum(columns, 1)
+    most_rows = (backend.FEW_SCORES - 1) // larger(columns, 1)
     return backend.either(
         rows <= most_rows,  # rows * columns might not fit into 32 bits
         lambda: function(whole, tensors, *others),
@@ -216,7 +216,7 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     def step(place, allowed, state):
         top, total, sums = state
         logits, _ = scores.logits(query, place, allowed)
-        new_top = _larger(top, walk.backend.row_max(logits))
+        new_top = larger(top, walk.backend.row_max(logits))
         weights = walk.backend.exp_minus(logits, new_top)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.sum(weights, axis=-1)
@@ -233,7 +233,7 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     top, total, sums = walk.for_each_tile(row, step, state)
     if "sink" in tensors:
         sink = walk.cut_heads(tensors["sink"], row)
-        new_top = _larger(top, sink)
+        new_top = larger(top, sink)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.exp(sink - new_top)
         top, sums = new_top, sums * shrink[:, None]
@@ -241,11 +241,6 @@ def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
     total = ops.where(seen, total, 1.0)
     output = sums / (total * (1.0 - scores.problem.dropout))[:, None]
     return output, ops.where(seen, top + ops.log(total), math.inf)[:, None]
-
-
-def _larger(x: Tensor, y: Tensor) -> Tensor:
-    # With torch `ops.maximum` makes float32 of float64.
-    return ops.where(x > y, x, y)
 
 
 def backward(

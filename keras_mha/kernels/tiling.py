@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_mha._keras import Tensor
+from keras_mha._keras import Tensor, larger, smaller
 from keras_mha.masks import Mask, Tile
 
 # Rows and columns of a tile. Measured on CPUs: at 512 x 512 a tile of one or two heads
@@ -132,10 +132,10 @@ def _ceil_div(x: Any, y: Any) -> Any:
 def _min(x: Any, y: Any) -> Any:
     if isinstance(x, int) and isinstance(y, int):
         return min(x, y)
-    return ops.minimum(x, y)
+    return smaller(x, y)
 
 
 def _max(x: Any, y: Any) -> Any:
     if isinstance(x, int) and isinstance(y, int):
         return max(x, y)
-    return ops.maximum(x, y)
+    return larger(x, y)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_mha._keras import Tensor, dtype_name
+from keras_mha._keras import Tensor, dtype_name, larger, smaller
 from keras_mha.masks import Mask
 from keras_mha.ops.tensors import known_numbers, plain, with_one_replaced
 
@@ -111,7 +111,7 @@ class NewTokens:
             valid = ops.cast(valid, "int32")
             self.number = ops.sum(valid, axis=1)
             # Padding stands where the token before it does.
-            rank = ops.maximum(ops.cumsum(valid, axis=1) - 1, 0)
+            rank = larger(ops.cumsum(valid, axis=1) - 1, 0)
             self.positions = self.before[:, None] + rank
         # On a GPU this waits for the call before: the price of an error in time.
         self.known_before = known_numbers(self.before)
@@ -173,7 +173,7 @@ class NewTokens:
 
     def _put_one(self, x: Tensor, old: Tensor, positions: Tensor) -> Tensor:
         """Puts one token of each row into its slot: in place, where a compiler can."""
-        slot = ops.mod(self.before, self.slots)
+        slot = self.before % self.slots
         if self.valid is not None or self.fits is not None:
             held = ops.take_along_axis(old, slot[:, None, None, None], axis=1)
             is_added = self.after > self.before
@@ -208,7 +208,7 @@ class NewTokens:
         """Moves the real tokens of each row to its front, in their order."""
         index = ops.arange(self.count, dtype="int32")[None]
         order = ops.sort(ops.where(self.valid, index, self.count), axis=1)
-        order = ops.minimum(order, self.count - 1)
+        order = smaller(order, self.count - 1)
         return ops.take_along_axis(x, order[:, :, None, None], axis=1)
 
 
@@ -224,7 +224,7 @@ def slot_positions(length: Tensor, slots: int) -> Tensor:
         slot, negative where there is none.
     """
     last = length[:, None] - 1
-    return last - ops.mod(last - ops.arange(slots, dtype="int32")[None], slots)
+    return last - (last - ops.arange(slots, dtype="int32")[None]) % slots
 
 
 @dataclass(frozen=True, eq=False)

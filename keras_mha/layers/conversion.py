@@ -10,6 +10,7 @@ from keras_mha._keras import (
     get_keras_mask,
     is_symbolic,
     set_keras_mask,
+    to_tensor,
     without_autocast,
 )
 
@@ -39,6 +40,8 @@ def converted(
     def convert(x, autocast=layer.autocast):
         if x is None or (is_building and not isinstance(x, np.ndarray)):
             return x
+        if isinstance(x, np.ndarray) and x.dtype.kind in "biu":
+            return to_tensor(x)
         y = policy.convert_input(x, autocast, dtype)
         mask = None if y is x else get_keras_mask(x)
         if mask is not None:

@@ -18,6 +18,7 @@ from keras_mha._keras import (
     is_float,
     kernel_variable,
     set_keras_mask,
+    to_tensor,
     told_as_it_is,
     without_autocast,
 )
@@ -1208,7 +1209,7 @@ def _filled(query: Shape, value: Shape | None, key: Shape | None) -> tuple[Shape
 def _from_lists(*arguments: Any) -> list[Any]:
     """Makes tensors of Python's lists of numbers, and leaves everything else alone."""
     return [
-        ops.convert_to_tensor(x)
+        to_tensor(x)
         if isinstance(x, list) and x and isinstance(x[0], list | int | float)
         else x
         for x in arguments

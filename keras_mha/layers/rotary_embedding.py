@@ -14,6 +14,7 @@ from keras_mha._keras import (
     at_least_float32,
     dtype_name,
     is_float,
+    larger,
     told_as_it_is,
 )
 from keras_mha.layers.position_ids import checked_ids
@@ -208,7 +209,7 @@ class RotaryEmbedding(Shareable):
             if any(isinstance(n, int) and n == 0 for n in ids.shape):
                 continue  # there is no last one
             last = ops.max(ids, axis=1) + 1
-            length = last if length is None else ops.maximum(length, last)
+            length = last if length is None else larger(length, last)
         if length is None:
             return None
         known = known_numbers(length)
