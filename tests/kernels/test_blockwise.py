@@ -23,7 +23,6 @@ from tests.helpers import (
     backend_jit,
     only_jax,
     only_tensorflow,
-    only_torch,
     outputs_and_gradients,
     rounded,
     to_numpy,
@@ -413,20 +412,6 @@ def test_an_eager_tape_keeps_no_tiles(monkeypatch):
         assert len(kept) >= 16
         assert not [each for each in kept if each() is not None]
     assert tape.gradient(output, x).shape == x.shape
-
-
-@only_torch
-def test_second_derivatives_are_refused_by_name():
-    import torch
-
-    x = to_tensor(RNG.normal(size=(1, 40, 2, 4))).requires_grad_()
-    for options in (
-        {"implementation": "blockwise"},
-        {"implementation": "blockwise", "dropout": 0.1, "seed": 1},
-    ):
-        output = keras_mha.dot_product_attention(x, x, x, **options)
-        with pytest.raises(RuntimeError, match="first derivatives only"):
-            torch.autograd.grad(output.sum(), x, create_graph=True)
 
 
 @only_jax

@@ -294,15 +294,23 @@ def test_one_tensor_as_query_key_and_value(implementation):
 
 
 @only_torch
-def test_dropped_weights_are_the_same_in_forward_mode_without_gradients():
+@pytest.mark.parametrize("implementation", ["reference", "blockwise"])
+def test_forward_mode_sees_the_weights_that_dropout_keeps(implementation):
     import torch
 
-    x = to_tensor(RNG.normal(size=(1, 6, 2, 4)))
-    function = attention(("query", "key", "value"), {"dropout": 0.5, "seed": 1}, "auto")
+    x, direction = to_tensor(RNG.normal(size=(2, 1, 6, 2, 4)))
+
+    def function(query):
+        return keras_mha.dot_product_attention(
+            query, x, x, dropout=0.5, seed=1, implementation=implementation
+        ).sum()
+
+    query = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(query), query)
+    expected = (gradient * direction).sum()
     with torch.no_grad():
-        _, found = torch.func.jvp(lambda value: function(x, x, value), (x,), (x,))
-    # It is linear in the value.
-    np.testing.assert_allclose(to_numpy(found), to_numpy(function(x, x, x)), atol=1e-6)
+        _, found = torch.func.jvp(function, (x,), (direction,))
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------- JAX
@@ -462,28 +470,57 @@ def test_nested_tapes_and_forward_accumulators(compiled):
         np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), atol=1e-4)
 
 
+def tensorflow_derivatives_around_a_function(x, valid, implementation):
+    import tensorflow as tf
+
+    @tf.function
+    def attend(x, valid):
+        mask = masks.Padding(tf.logical_not(valid)) & masks.Causal()
+        return keras_mha.dot_product_attention(
+            x, x, x, mask=mask, dropout=0.2, seed=1, implementation=implementation
+        )
+
+    with tf.autodiff.ForwardAccumulator(x, tf.cos(x)) as accumulator:
+        output = attend(x, valid)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            loss = tf.reduce_sum(attend(x, valid) ** 2)
+        product = tf.reduce_sum(inner.gradient(loss, x) * tf.cos(x))
+    return accumulator.jvp(output), outer.gradient(product, x)
+
+
 @only_tensorflow
-def test_a_forward_accumulator_around_a_function_and_tangents_of_a_gradient():
+@pytest.mark.parametrize("compiled", ["eagerly", "graph", "XLA"])
+def test_tapes_and_accumulators_around_a_function_of_a_mask_made_in_it(compiled):
+    x = to_tensor(RNG.normal(size=(1, 20, 2, 3)))
+    valid = to_tensor(np.arange(20)[None] > 16)
+    run = tensorflow_derivatives_around_a_function
+    expected = run(x, valid, "reference")
+    if compiled != "eagerly":
+        run = backend_jit(run, xla=compiled == "XLA")
+    for ours, theirs in zip(run(x, valid, "blockwise"), expected, strict=True):
+        np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), atol=1e-4)
+
+
+@only_tensorflow
+def test_forward_mode_over_a_gradient_in_its_cotangent():
     import tensorflow as tf
 
     x = to_tensor(RNG.normal(size=(1, 20, 2, 3)))
 
     def run(name):
-        attend = lambda x: keras_mha.dot_product_attention(  # noqa: E731
-            x, x, x, implementation=name
-        )
-        with tf.autodiff.ForwardAccumulator(x, x) as accumulator:
-            output = tf.function(attend)(x)
         with tf.GradientTape() as tape:
             tape.watch(x)
-            again = attend(x)
-        direction = tf.sin(x)
-        with tf.autodiff.ForwardAccumulator(direction, x) as of_gradient:
-            gradient = tape.gradient(again, x, direction)
-        return accumulator.jvp(output), of_gradient.jvp(gradient)
+            output = keras_mha.dot_product_attention(x, x, x, implementation=name)
+        cotangent = tf.sin(x)
+        with tf.autodiff.ForwardAccumulator(cotangent, x) as accumulator:
+            gradient = tape.gradient(output, x, cotangent)
+        return accumulator.jvp(gradient)
 
-    for ours, theirs in zip(run("blockwise"), run("reference"), strict=True):
-        np.testing.assert_allclose(to_numpy(ours), to_numpy(theirs), atol=1e-5)
+    found, expected = to_numpy(run("blockwise")), to_numpy(run("reference"))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @only_tensorflow
@@ -493,7 +530,6 @@ def test_second_derivatives_of_unknown_lengths():
     x = to_tensor(RNG.normal(size=(1, 20, 2, 3)))
 
     def run(x, name):
-        directions = [tf.cos(x)]
         attend = lambda x: keras_mha.dot_product_attention(  # noqa: E731
             x, x, x, mask=masks.Causal(), implementation=name
         )
@@ -502,7 +538,7 @@ def test_second_derivatives_of_unknown_lengths():
             with tf.GradientTape() as inner:
                 inner.watch(x)
                 loss = tf.reduce_sum(attend(x) ** 2)
-            product = tf.reduce_sum(inner.gradient(loss, x) * directions[0])
+            product = tf.reduce_sum(inner.gradient(loss, x) * tf.cos(x))
         return outer.gradient(product, x)
 
     unknown = tf.function(

@@ -99,12 +99,19 @@ def with_gradient(
 def _varying_alike(moving, rest):
     """Casts what moves to vary along all axes of a mesh that anything varies along
     within `jax.shard_map`, so that gradients are summed where it was not so."""
-    axes = [getattr(jax.typeof(x), "vma", frozenset()) for x in (*moving, *rest)]
+    axes = [_varying(x) for x in (*moving, *rest)]
     every = frozenset().union(*axes)
     return [
         jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
         for x, own in zip(moving, axes, strict=False)
     ]
+
+
+def _varying(x):
+    """Returns the axes of a mesh along which a tensor varies."""
+    kind = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)  # since JAX 0.10
+    return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
 
 
 # ------------------------------------------------------------- what they compute

@@ -190,23 +190,25 @@ def with_gradient(
     if in_forward_mode(inputs):
         return formula(problem, tensors)
 
-    def with_inputs(inputs):
-        return tensors | dict(zip(names, inputs, strict=True))
+    held = {name: x for name, x in tensors.items() if name not in names}
+
+    def named(held, inputs):
+        return held | dict(zip(names, inputs, strict=True))
 
     @tf.custom_gradient
     def attention(*inputs):
-        run = unrecorded(lambda *inputs: forward(problem, with_inputs(inputs)))
+        run = unrecorded(lambda *inputs: forward(problem, named(held, inputs)))
         output, lse = run(*inputs)
 
-        def find(output_gradient, *inputs):
-            found = backward(problem, with_inputs(inputs), output, lse, output_gradient)
+        def find(held, output_gradient, *inputs):
+            found = backward(problem, named(held, inputs), output, lse, output_gradient)
             return [found[name] for name in names]
 
-        def find_by_formula(output_gradient, *inputs):
-            attend = lambda *inputs: formula(problem, with_inputs(inputs))  # noqa: E731
+        def find_by_formula(held, output_gradient, *inputs):
+            attend = lambda *inputs: formula(problem, named(held, inputs))  # noqa: E731
             return pulled_back(attend, inputs, output_gradient)
 
-        gradient = with_derivatives_of(find_by_formula, find)
+        gradient = with_derivatives_of(find_by_formula, find, held)
         return output, lambda output_gradient: gradient(output_gradient, *inputs)
 
     return attention(*inputs)

@@ -11,21 +11,30 @@ from typing import Any
 import tensorflow as tf
 
 
-def with_derivatives_of(formula: Callable, function: Callable) -> Callable:
+def with_derivatives_of(formula: Callable, function: Callable, held: Any) -> Callable:
     """Returns a function that computes as one does and has the derivatives of another.
 
     Args:
-        formula: Takes tensors, and returns a list of what `function` returns.
-        function: Takes tensors, and returns a list of tensors.
+        formula: Takes `held` and tensors; returns a list of what `function` returns.
+        function: Takes `held` and tensors; returns a list of tensors.
+        held: Tensors without derivatives, in dictionaries or tuples.
     """
 
-    @tf.custom_gradient
-    def computed(*inputs):
-        outputs = unrecorded(function)(*inputs)
-        return outputs, lambda *gradients: pulled_back(formula, inputs, [*gradients])
-
     def run(*inputs):
-        return formula(*inputs) if in_forward_mode(inputs) else computed(*inputs)
+        # To a gradient of a gradient only the tensors of this graph are in reach: what
+        # it needs of the graph around is brought in.
+        own = tf.nest.map_structure(tf.identity, held)
+        inputs = [tf.identity(x) for x in inputs]
+        if in_forward_mode(inputs):
+            return formula(own, *inputs)
+
+        @tf.custom_gradient
+        def computed(*inputs):
+            outputs = unrecorded(lambda *inputs: function(own, *inputs))(*inputs)
+            attend = lambda *inputs: formula(own, *inputs)  # noqa: E731
+            return outputs, lambda *given: pulled_back(attend, inputs, [*given])
+
+        return computed(*inputs)
 
     return run
 
@@ -34,13 +43,21 @@ def pulled_back(
     function: Callable, inputs: Sequence[Any], output_gradients: Any
 ) -> list[Any]:
     """Returns the gradients of all of a function's inputs."""
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
+    if tf.executing_eagerly():
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            outputs = function(*inputs)
+        found = tape.gradient(outputs, inputs, output_gradients, _ZERO)
+    else:  # where a ForwardAccumulator builds the graph, no tape works
+        inputs = [tf.identity(x) for x in inputs]
         outputs = function(*inputs)
-    found = tape.gradient(
-        outputs, inputs, output_gradients, tf.UnconnectedGradients.ZERO
-    )
+        found = tf.gradients(
+            outputs, inputs, output_gradients, unconnected_gradients=_ZERO
+        )
     return [tf.convert_to_tensor(gradient) for gradient in found]
+
+
+_ZERO = tf.UnconnectedGradients.ZERO
 
 
 def in_forward_mode(inputs: Sequence[Any]) -> bool:
@@ -79,5 +96,11 @@ def _adds_tangents(x):
 
 def unrecorded(function: Callable) -> Callable:
     """Returns the function of tensors, of which no tape keeps anything."""
-    # A tape records what is made of tensors that it watches: it would keep every tile.
-    return lambda *inputs: function(*map(tf.stop_gradient, inputs))
+    stop = tf.stop_gradient
+
+    def run(*inputs):
+        # A tape records what is made of tensors that it watches: it would keep every
+        # tile. And in graphs zeros would be sent back through the loops over tiles.
+        return tf.nest.map_structure(stop, function(*map(stop, inputs)))
+
+    return run
