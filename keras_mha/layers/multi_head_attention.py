@@ -33,6 +33,7 @@ from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_cached_call
 from keras_mha.layers.clean_inputs import Inputs
 from keras_mha.layers.conversion import converted
+from keras_mha.layers.keras_hooks import check_no_hooks
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.position_ids import checked_position_ids, restarted
@@ -273,6 +274,10 @@ class MultiHeadAttention(keras.layers.Layer):
         self._activity_regularizer = keras.regularizers.get(activity_regularizer)
         self._kernel_constraint = keras.constraints.get(kernel_constraint)
         self._bias_constraint = keras.constraints.get(bias_constraint)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_no_hooks(cls, MultiHeadAttention)
 
     def _checked_position(self, position: Any) -> RotaryEmbedding | PositionBias | None:
         if position is None:
