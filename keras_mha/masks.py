@@ -31,6 +31,7 @@ from keras_mha._keras import (
     is_integer,
     is_symbolic,
 )
+from keras_mha._lengths import unless_one
 from keras_mha.ops.tensors import known_numbers
 
 Status = Literal["empty", "full", "mixed"]
@@ -125,7 +126,9 @@ def _cut(x: Tensor, axis: int, start: Any, size: Any) -> Tensor:
         return x
     starts = [0] * len(x.shape)
     sizes = list(ops.shape(x))
-    starts[axis], sizes[axis] = start, size
+    length = sizes[axis]
+    starts[axis] = unless_one(length, start, one=0)
+    sizes[axis] = unless_one(length, size)
     return ops.slice(x, starts, sizes)
 
 

@@ -36,6 +36,7 @@ from typing import Any
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float, larger
+from keras_mha._lengths import unless_one
 from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST, mask_block
@@ -118,7 +119,7 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
     }
     if call.bias is not None:
         shape = ops.shape(call.bias)
-        by_head = (1, 1) if call.bias.shape[1] == 1 else (groups, shared)
+        by_head = (unless_one(shape[1], groups), unless_one(shape[1], shared))
         tensors["bias"] = ops.reshape(call.bias, (shape[0], *by_head, *shape[2:]))
     if call.sink is not None:
         sink = ops.broadcast_to(call.sink, (heads,))
@@ -454,7 +455,7 @@ class _Scores:
                 place, **dict(zip(names, weights, strict=True))
             ),
             tuple(self.tensors[name] for name in names),
-            lambda block: walk.summed_scores(d_logits, block),
+            lambda block: walk.summed_like(d_logits, block),
         )
         return tuple(ops.cast(gradient, walk.dtype) for gradient in gradients)
 

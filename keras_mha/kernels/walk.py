@@ -10,12 +10,14 @@ queries are `(heads, width, G * rows)` and scores `(heads, G * rows, columns)`.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
+from keras_mha._lengths import unless_one
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.masking import mask_block
@@ -168,9 +170,11 @@ class Walk:
         starts = (place.batch, place.group, 0, place.row, place.column)
         lead = (self.chunk_batch, self.chunk_groups, self.shared)
         sizes = (*lead, self.rows.size, self.columns.size)
-        kept = [length == 1 for length in x.shape]
-        starts = [0 if one else start for one, start in zip(kept, starts, strict=True)]
-        sizes = [1 if one else size for one, size in zip(kept, sizes, strict=True)]
+        shape = ops.shape(x)
+        starts = [
+            unless_one(n, start, 0) for n, start in zip(shape, starts, strict=True)
+        ]
+        sizes = [unless_one(n, size) for n, size in zip(shape, sizes, strict=True)]
         return ops.slice(x, starts, sizes)
 
     def by_head(self, scores: Tensor) -> Tensor:
@@ -219,14 +223,14 @@ class Walk:
         if block.shape[1] == 1:
             return block[:, None]
         batch, heads, rows, columns = ops.shape(block)
-        by_head = (batch, heads // self.shared, self.shared, rows, columns)
-        block = ops.reshape(block, by_head)
-        if by_head[1] == self.chunk_groups:  # it cut them out, or they are all
-            return block
-        starts = (0, place.group, 0, 0, 0)
-        return ops.slice(
-            block, starts, (batch, self.chunk_groups, self.shared, rows, columns)
-        )
+        groups = unless_one(heads, heads // self.shared)
+        shared = unless_one(heads, self.shared)
+        block = ops.reshape(block, (batch, groups, shared, rows, columns))
+        if isinstance(groups, int) and groups == self.chunk_groups:
+            return block  # it cut them out, or they are all
+        starts = (0, unless_one(heads, place.group, 0), 0, 0, 0)
+        chunk = unless_one(heads, self.chunk_groups)
+        return ops.slice(block, starts, (batch, chunk, shared, rows, columns))
 
     def head_index(self, place: Place) -> Tensor:
         """Returns batch row times heads plus head, int32, shaped for `by_head`."""
@@ -295,7 +299,8 @@ class Walk:
         return ops.reshape(x, (self.batch, self.groups, *ops.shape(x)[4:]))
 
     # Gradients of a bias: a tile of its own for every piece along the axes that it has,
-    # one for all along those that it broadcasts.
+    # one for all along those that it broadcasts. An axis of which a graph learns only
+    # when it runs whether it broadcasts is one that it has, until all is joined.
 
     def score_tiles(self, bias: Tensor, dtype: str) -> Any:
         """Returns zeros to add gradients of a bias `(B, K, G, T, S)` to."""
@@ -322,6 +327,11 @@ class Walk:
         scores = self.by_head(scores)
         return ops.sum(scores, axis=axes, keepdims=True) if axes else scores
 
+    def summed_like(self, scores: Tensor, x: Tensor) -> Tensor:
+        """Sums a tile `(heads, G * rows, columns)` over what `x`, shaped for `by_head`,
+        broadcasts along, and may be known to only when a graph runs."""
+        return _summed_to(ops.shape(x), self.summed_scores(scores, x))
+
     def add_scores(self, tiles: Any, place: Place, x: Tensor, bias: Tensor) -> Any:
         """Returns the tiles with what `summed_scores` returned added to one of them."""
         batch, group = place.chunk // self.group_chunks, place.chunk % self.group_chunks
@@ -343,7 +353,7 @@ class Walk:
         tiles = self.backend.stacked(tiles, math.prod(pieces))
         x = ops.reshape(tiles, (*pieces, *sizes))
         x = ops.transpose(x, (0, 5, 1, 6, 2, 7, 4, 9, 3, 8))  # rows last
-        lead = ops.shape(bias)[:3]
+        lead = tuple(map(operator.mul, pieces[:3], sizes[:3]))
         x = ops.reshape(x, (*lead, pieces[4], sizes[4], pieces[3], sizes[3]))
         if bias.shape[3] != 1:
             x = self.rows.joined(x)
@@ -352,7 +362,19 @@ class Walk:
         x = ops.transpose(x, (0, 1, 2, 5, 3, 4))
         if bias.shape[4] != 1:
             x = self.columns.joined(x)
-        return ops.reshape(x, ops.shape(bias))
+        return ops.reshape(_summed_to(ops.shape(bias), x), ops.shape(bias))
+
+
+def _summed_to(shape: tuple, x: Tensor) -> Tensor:
+    """Sums along the axes that turn out to be of length 1 in `shape`."""
+    for axis, length in enumerate(shape):
+        if isinstance(length, int):
+            continue
+        before, (count, *after) = ops.shape(x)[:axis], ops.shape(x)[axis:]
+        kept = unless_one(length, count)
+        parts = (kept, count // larger(kept, 1))
+        x = ops.sum(ops.reshape(x, (*before, *parts, *after)), axis=axis + 1)
+    return x
 
 
 def _unless_one(bias: Tensor, lengths: tuple) -> tuple:
