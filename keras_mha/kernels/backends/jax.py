@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keras_mha.kernels.backends.jax_differentiable import with_gradient
+from keras_mha.kernels.backends.jax_manual_axes import alike
 
 __all__ = ["with_gradient"]  # beside what is defined here
 
@@ -30,12 +31,16 @@ def as_written(function: Callable) -> Callable:
 
 def loop(count: Any, body: Callable, carry: tuple) -> tuple:
     """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
-    return jax.lax.fori_loop(0, count, body, carry)
+
+    def turn(index, carry):
+        return alike(body(index, carry))
+
+    return jax.lax.fori_loop(0, count, turn, alike(carry))
 
 
 def either(condition: Any, yes: Callable, no: Callable) -> Any:
     """Runs one of two functions without arguments, by a boolean worked out now."""
-    return jax.lax.cond(condition, yes, no)
+    return jax.lax.cond(condition, lambda: alike(yes()), lambda: alike(no()))
 
 
 def table(numbers: Any) -> Any:

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from keras_mha.kernels.backends import jax_manual_axes as manual_axes
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -92,26 +94,11 @@ def with_gradient(
     names = tuple(name for name in problem.differentiable if name in tensors)
     rest, tree = jax.tree.flatten({n: x for n, x in tensors.items() if n not in names})
     call = _Call(forward, backward, formula, problem, names, tree)
-    moving = _varying_alike([jnp.asarray(tensors[name]) for name in names], rest)
-    return _attend.bind(*moving, *rest, call=call)[0]
-
-
-def _varying_alike(moving, rest):
-    """Casts what moves to vary along all axes of a mesh that anything varies along
-    within `jax.shard_map`, so that gradients are summed where it was not so."""
-    axes = [_varying(x) for x in (*moving, *rest)]
-    every = frozenset().union(*axes)
-    return [
-        jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
-        for x, own in zip(moving, axes, strict=False)
-    ]
-
-
-def _varying(x):
-    """Returns the axes of a mesh along which a tensor varies."""
-    kind = jax.typeof(x)
-    kind = getattr(kind, "manual_axis_type", kind)  # since JAX 0.10
-    return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
+    inputs = [*(jnp.asarray(tensors[name]) for name in names), *rest]
+    # Gradients are then summed over the devices that share what did not vary.
+    axes = manual_axes.varying(*inputs)
+    inputs = [manual_axes.cast(x, axes) for x in inputs]
+    return _attend.bind(*inputs, call=call)[0]
 
 
 # ------------------------------------------------------------- what they compute
@@ -122,7 +109,8 @@ def _compute_attend(call, *tensors):
         return tuple(call.forward(call.problem, call.named(moving, rest)))
 
     moving, rest, _ = call.split(tensors)
-    return call.mapped(run)(moving, rest)
+    with manual_axes.computing(*tensors):
+        return call.mapped(run)(moving, rest)
 
 
 def _compute_pull_back(call, *tensors):
@@ -134,7 +122,8 @@ def _compute_pull_back(call, *tensors):
         return tuple(found[name] for name in wanted)
 
     moving, rest, others = call.split(tensors)
-    return call.mapped(run)(moving, rest, *others)
+    with manual_axes.computing(*tensors):
+        return call.mapped(run)(moving, rest, *others)
 
 
 def _compute_tangent(call, *tensors):

@@ -1,0 +1,49 @@
+"""Axes of a mesh along which tensors vary within `jax.shard_map`.
+
+A loop's carry, or what two branches return, must vary along the same axes at every
+turn, and zeros vary along none: they are cast to vary as the tensors of the call do.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+
+Axes = frozenset[str]
+
+_axes: ContextVar[Axes] = ContextVar("axes", default=frozenset())
+
+
+def varying(*tensors: Any) -> Axes:
+    """Returns the axes along which any of these tensors varies."""
+    return frozenset().union(*map(_varying, tensors))
+
+
+def _varying(x):
+    kind = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)  # since JAX 0.10
+    return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
+def cast(x: Any, axes: Axes) -> Any:
+    """Casts a tensor to vary along these axes too."""
+    missing = axes - varying(x)
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
+@contextlib.contextmanager
+def computing(*tensors: Any) -> Iterator[None]:
+    """Sets for `alike` what these tensors, of one call, vary along."""
+    token = _axes.set(varying(*tensors))
+    try:
+        yield
+    finally:
+        _axes.reset(token)
+
+
+def alike(tree: Any) -> Any:
+    """Casts all tensors to vary as those of the call that is being computed."""
+    axes = _axes.get()
+    return jax.tree.map(lambda x: cast(x, axes), tree) if axes else tree
