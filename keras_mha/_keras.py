@@ -69,7 +69,7 @@ def to_tensor(value: Any) -> Tensor:
         kinds = {type(number).__name__ for number in keras.tree.flatten(value)}
     if kinds == {"bool"}:
         return keras.ops.convert_to_tensor(value, dtype="bool")
-    if all("int" in kind for kind in kinds):
+    if kinds and all("int" in kind for kind in kinds):
         return keras.ops.convert_to_tensor(value, dtype="int32")
     return tensor
 

@@ -187,7 +187,9 @@ def _second_derivatives_jax(function, tensors, cotangent, directions):
     every = tuple(range(len(tensors)))
 
     def product(*inputs):
-        loss = lambda *inputs: (function(*inputs) * cotangent).sum()  # noqa: E731
+        def loss(*inputs):
+            return (function(*inputs) * cotangent).sum()
+
         return _sum_of_products(jax.grad(loss, every)(*inputs), directions)
 
     return call_at_once(jax.grad(product, every), tensors)

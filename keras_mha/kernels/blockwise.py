@@ -469,13 +469,13 @@ class _Scores:
         if self.problem.position_bias is not None:
             held = tuple(self.tensors[name] for name in self.problem.position_tensors)
             bias = join_tensors(self.problem.position_bias, held)
-            block = walk._block_by_head(bias.block(tile), tile, place)
+            block = walk.block_by_head(bias.block(tile), tile, place)
             logits = logits + ops.cast(block, walk.dtype)
         seen = logits > LOWEST
         if walk.mask is not None:
             heads = walk.groups * walk.shared
             block = mask_block(walk.mask, tile, walk.static_batch, heads)
-            seen = ops.logical_and(seen, walk._block_by_head(block, tile, place))
+            seen = ops.logical_and(seen, walk.block_by_head(block, tile, place))
         return ops.where(seen, logits, ops.cast(LOWEST, walk.dtype)), seen
 
     def dropped(self, place: Place) -> Callable[[Tensor], Tensor]:

@@ -199,7 +199,7 @@ class Walk:
         if self.mask is not None:
             heads = self.groups * self.shared
             block = mask_block(self.mask, tile, self.static_batch, heads)
-            allowed = self._block_by_head(block, tile, place)
+            allowed = self.block_by_head(block, tile, place)
         for pieces, indices, index in (
             (self.rows, tile.row_indices, place.i),
             (self.columns, tile.column_indices, place.j),
@@ -213,9 +213,10 @@ class Walk:
         """Returns the numbers of a bias object for a tile; see `by_head`."""
         heads = self.chunk_groups * self.shared
         tile = self.tile(place)._replace(head=place.group * self.shared, heads=heads)
-        return self._block_by_head(bias.block(tile), tile, place)
+        return self.block_by_head(bias.block(tile), tile, place)
 
-    def _block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:
+    def block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:
+        """Returns what a mask or bias object gave for a tile; see `by_head`."""
         new_axes = (1,) * (4 - len(block.shape))
         block = ops.reshape(block, (*new_axes, *ops.shape(block)))
         if tile.batch is not None and block.shape[0] != 1:
@@ -315,11 +316,11 @@ class Walk:
             self.rows.count,
             self.columns.count,
         )
-        return _unless_one(bias, pieces)
+        return _where_it_varies(bias, pieces)
 
     def _score_sizes(self, bias):
         lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        return _unless_one(bias, (*lead, self.rows.size, self.columns.size))
+        return _where_it_varies(bias, (*lead, self.rows.size, self.columns.size))
 
     def summed_scores(self, scores: Tensor, bias: Tensor) -> Tensor:
         """Sums a tile `(heads, G * rows, columns)` over the bias's axes of length 1."""
@@ -377,7 +378,7 @@ def _summed_to(shape: tuple, x: Tensor) -> Tensor:
     return x
 
 
-def _unless_one(bias: Tensor, lengths: tuple) -> tuple:
+def _where_it_varies(bias: Tensor, lengths: tuple) -> tuple:
     """Returns the lengths, but 1 along the axes that the bias broadcasts."""
     return tuple(
         1 if bias.shape[axis] == 1 else length for axis, length in enumerate(lengths)

@@ -1,7 +1,6 @@
 """Multi-head attention as a Keras layer."""
 
 import functools
-import inspect
 import math
 import string
 from collections.abc import Callable
@@ -263,7 +262,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         self._scale = _optional(_checks.number, "scale", scale)
         self.seed = _optional(_checks.integer, "seed", seed)
-        self._seed_of_this_call = None
+        self._drawn_seed = None
         self.position = self._checked_position(position)
         self._place = None if position is None else position.take_place()
 
@@ -645,31 +644,28 @@ class MultiHeadAttention(keras.layers.Layer):
         )
 
     def _seed(self):
-        if self._seed_of_this_call is not None:
-            return self._seed_of_this_call
-        return self._dropout_layer.seed_generator
+        """Returns where dropout's numbers come from: a seed drawn already, once."""
+        if self._drawn_seed is None:
+            return self._dropout_layer.seed_generator
+        seed, self._drawn_seed = self._drawn_seed, None
+        return seed
 
     def rematerialized_call(self, layer_call: Callable, *args: Any, **kwargs: Any):
         """Has Keras compute the call again for its gradient: `keras.RematScope`."""
-        arguments = inspect.signature(layer_call).bind(*args, **kwargs).arguments
-        if arguments.get("query_mask") is None:
-            # Inside stand other tensors, which carry no masks.
-            arguments["query_mask"] = get_keras_mask(arguments["query"])
-        seed = None
-        training = arguments.get("training")
+        training, seed = kwargs.get("training"), None
         if self._dropout and (ops.is_tensor(training) or training):
             seed = drawn(self._seed())  # once, for both times
 
-        def call(**arguments):
-            self._seed_of_this_call = seed
+        def call(*args, **kwargs):
+            self._drawn_seed = seed
             try:
-                return layer_call(**arguments)
+                return layer_call(*args, **kwargs)
             finally:
-                self._seed_of_this_call = None
+                self._drawn_seed = None
 
-        call, tensors = as_function_of_floats(call, arguments)
-        call = super().rematerialized_call(call, **arguments)
-        return lambda *args, **kwargs: call(*tensors)
+        call, floats = as_function_of_floats(call, args, kwargs)
+        call = super().rematerialized_call(call, *args, **kwargs)
+        return lambda *args, **kwargs: call(*floats)
 
     # ------------------------------------------------------------------ padding
 

@@ -530,9 +530,11 @@ def test_second_derivatives_of_unknown_lengths():
     x = to_tensor(RNG.normal(size=(1, 20, 2, 3)))
 
     def run(x, name):
-        attend = lambda x: keras_mha.dot_product_attention(  # noqa: E731
-            x, x, x, mask=masks.Causal(), implementation=name
-        )
+        def attend(x):
+            return keras_mha.dot_product_attention(
+                x, x, x, mask=masks.Causal(), implementation=name
+            )
+
         with tf.GradientTape() as outer:
             outer.watch(x)
             with tf.GradientTape() as inner:

@@ -238,7 +238,7 @@ def losses_of_fit(scope, dropout):
         for seed in (5, 6):
             x = keras_mha.MultiHeadAttention(
                 2, 4, dropout=dropout, seed=seed, name=f"attention_{seed}"
-            )(query=x, value=x, use_causal_mask=True)
+            )(x, use_causal_mask=True)
     model = keras.Model(inputs, keras.layers.Dense(8)(x))
     model.compile("sgd", "mse")
     padded = X * (np.arange(16) < 12)[None, :, None]
@@ -250,6 +250,25 @@ def losses_of_fit(scope, dropout):
 def test_fit_under_a_remat_scope_is_fit_without(scope):
     expected = losses_of_fit({"mode": None}, 0.5)
     np.testing.assert_allclose(losses_of_fit(scope, 0.5), expected, rtol=1e-5)
+
+
+class Doubled(keras_mha.MultiHeadAttention):
+    """A subclass with a call of its own, in which dropout draws twice."""
+
+    def call(self, x, *args, **kwargs):
+        return super().call(x, *args, **kwargs) + super().call(x, *args, **kwargs)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="a generator cannot leave the scope")
+def test_a_subclass_with_a_call_of_its_own_under_a_remat_scope():
+    with keras.RematScope(mode="full"):
+        layer = Doubled(2, 4, dropout=0.5, seed=5)
+    layer.build(X.shape)
+    plain = Doubled(2, 4, dropout=0.5, seed=5)
+    plain.build(X.shape)
+    plain.set_weights(layer.get_weights())
+    expected = gradients(lambda x: plain(x, training=True), [plain])
+    assert_same(gradients(lambda x: layer(x, training=True), [layer]), expected)
 
 
 @pytest.mark.parametrize("flash", [None, True])

@@ -205,7 +205,9 @@ def with_gradient(
             return [found[name] for name in names]
 
         def find_by_formula(held, output_gradient, *inputs):
-            attend = lambda *inputs: formula(problem, named(held, inputs))  # noqa: E731
+            def attend(*inputs):
+                return formula(problem, named(held, inputs))
+
             return pulled_back(attend, inputs, output_gradient)
 
         gradient = with_derivatives_of(find_by_formula, find, held)

@@ -5,6 +5,7 @@ Both are given the *formula*: the same call written with operations that have ev
 derivative.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ def with_derivatives_of(formula: Callable, function: Callable, held: Any) -> Cal
         @tf.custom_gradient
         def computed(*inputs):
             outputs = unrecorded(lambda *inputs: function(own, *inputs))(*inputs)
-            attend = lambda *inputs: formula(own, *inputs)  # noqa: E731
-            return outputs, lambda *given: pulled_back(attend, inputs, [*given])
+            own_formula = functools.partial(formula, own)
+            return outputs, lambda *given: pulled_back(own_formula, inputs, [*given])
 
         return computed(*inputs)
 
