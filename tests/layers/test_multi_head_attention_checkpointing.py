@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_mha
+from keras_mha._keras import set_keras_mask
 from tests.helpers import (
     backend_jit,
     only_tensorflow,
@@ -233,7 +234,7 @@ def test_keras_remat_scope(scope):
 def losses_of_fit(scope, dropout):
     keras.utils.set_random_seed(0)
     inputs = keras.Input(X.shape[1:])
-    x = keras.layers.Masking()(inputs)  # the mask must come through too
+    x = keras.layers.Masking()(inputs)
     with keras.RematScope(**scope):
         for seed in (5, 6):
             x = keras_mha.MultiHeadAttention(
@@ -250,6 +251,30 @@ def losses_of_fit(scope, dropout):
 def test_fit_under_a_remat_scope_is_fit_without(scope):
     expected = losses_of_fit({"mode": None}, 0.5)
     np.testing.assert_allclose(losses_of_fit(scope, 0.5), expected, rtol=1e-5)
+
+
+@scopes
+def test_the_mask_that_a_tensor_carries_comes_into_a_remat_scope(scope):
+    mask = to_tensor(np.arange(16) < np.array([[5], [16]]))
+    (layer,) = layers_with(name="attention", dropout=0.0)
+    with keras.RematScope(**scope):
+        (again,) = layers_with(name="attention", dropout=0.0)
+
+    def attend(layer):
+        def run(x):
+            x = x * 1.0
+            set_keras_mask(x, mask)
+            return layer(x)
+
+        return run
+
+    weights = layer.trainable_variables, again.trainable_variables
+    expected, found = (
+        _GRADIENTS[BACKEND](attend(one), each)
+        for one, each in zip((layer, again), weights, strict=True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(to_numpy(one), to_numpy(other), atol=1e-4)
 
 
 class Doubled(keras_mha.MultiHeadAttention):
