@@ -7,12 +7,12 @@ the weights that the bias holds.
 
 from dataclasses import dataclass
 
-import numpy as np
 from keras import ops
 
 from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor
 from keras_mha.masks import Tile
+from keras_mha.ops.tensors import constant
 
 
 class Bias:
@@ -135,15 +135,15 @@ class Slopes(DistanceBias):
     """`-slope_n * |key position - query position|` for head n.
 
     Args:
-        slopes: Float32 NumPy array of shape `(N,)`.
+        slopes: A number for each of the N heads.
         positions: Where queries and keys stand.
     """
 
-    slopes: np.ndarray
+    slopes: tuple[float, ...]
     positions: Positions = Positions()
 
     def of_distances(self, distances, tile):
-        slopes = tile.cut_heads(ops.convert_to_tensor(self.slopes), 0)
+        slopes = tile.cut_heads(constant(self.slopes, "float32"), 0)
         slopes = ops.reshape(slopes, (-1, *(1,) * len(distances.shape)))
         return -slopes * ops.cast(ops.abs(distances), "float32")
 

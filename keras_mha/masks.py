@@ -32,7 +32,7 @@ from keras_mha._keras import (
     is_symbolic,
 )
 from keras_mha._lengths import unless_one
-from keras_mha.ops.tensors import known_numbers
+from keras_mha.ops.tensors import is_read_by_compiler, known_numbers
 
 Status = Literal["empty", "full", "mixed"]
 """What a mask says of a tile: no pair may attend, every pair may, or it depends."""
@@ -80,7 +80,8 @@ class Tile(NamedTuple):
     def cheap_indices(self) -> tuple[Tensor, Tensor]:
         """Both positions, as NumPy arrays where they are few: comparing some numbers
         takes less time than calling the backend for it."""
-        if self.is_static and self.rows * self.columns <= 2**12:
+        few = self.is_static and self.rows * self.columns <= 2**12
+        if few and not is_read_by_compiler():
             rows = np.arange(self.row, self.row + self.rows)
             columns = np.arange(self.column, self.column + self.columns)
             return rows[:, None], columns[None, :]

@@ -7,12 +7,14 @@ import keras
 import numpy as np
 
 from keras_mha._keras import (
+    Tensor,
     get_keras_mask,
     is_symbolic,
     set_keras_mask,
     to_tensor,
     without_autocast,
 )
+from keras_mha.ops.tensors import constant, is_read_by_compiler
 
 
 def converted(
@@ -40,8 +42,8 @@ def converted(
     def convert(x, autocast=layer.autocast):
         if x is None or (is_building and not isinstance(x, np.ndarray)):
             return x
-        if isinstance(x, np.ndarray) and x.dtype.kind in "biu":
-            return to_tensor(x)
+        if isinstance(x, np.ndarray):
+            x = _with_its_dtype(x)
         y = policy.convert_input(x, autocast, dtype)
         mask = None if y is x else get_keras_mask(x)
         if mask is not None:
@@ -54,6 +56,13 @@ def converted(
         return args, others
     with without_autocast():
         return args, {**others, uncast: convert(kwargs[uncast], autocast=False)}
+
+
+def _with_its_dtype(x: np.ndarray) -> Tensor:
+    """Makes whole numbers and booleans a tensor of such, which Keras may not."""
+    if is_read_by_compiler():
+        return constant(x)
+    return to_tensor(x) if x.dtype.kind in "biu" else x
 
 
 def _any_symbolic(values: Sequence[Any]) -> bool:

@@ -13,6 +13,7 @@ from keras_mha.biases import Bias, ByDistance, Positions, Slopes
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.sharing import Shareable
 from keras_mha.masks import whole_tile
+from keras_mha.ops.tensors import constant
 
 
 class PositionBias(Shareable):
@@ -150,15 +151,18 @@ class ALiBi(PositionBias):
     @property
     def slopes(self) -> np.ndarray:
         """The heads' slopes, float32 NumPy array of shape `(N,)`."""
+        return np.array(self._slopes(), "float32")
+
+    def _slopes(self) -> tuple[float, ...]:
         below = 2 ** int(math.log2(self.num_heads))
         slopes = _slopes_of_power_of_two(below)
         others = _slopes_of_power_of_two(2 * below)[::2][: self.num_heads - below]
-        return np.array(slopes + others, "float32")
+        return tuple(slopes + others)
 
     def bias(
         self, query_positions: Tensor | None = None, key_positions: Tensor | None = None
     ) -> Bias:
-        return Slopes(self.slopes, Positions(query_positions, key_positions))
+        return Slopes(self._slopes(), Positions(query_positions, key_positions))
 
 
 def _slopes_of_power_of_two(heads: int) -> list[float]:
@@ -290,7 +294,7 @@ class RelativePositionBias(PositionBias):
         # for each distance, which Keras's optimizers apply otherwise than their sum.
         shape = self.num_buckets, self.num_heads
         table = ops.reshape(ops.convert_to_tensor(self.table), shape)
-        buckets = ops.convert_to_tensor(self._buckets, dtype="int32")
+        buckets = constant(self._buckets, "int32")
         values = ops.transpose(ops.take(table, buckets, axis=0))
         return ByDistance(values, Positions(query_positions, key_positions))
 

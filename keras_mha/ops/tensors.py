@@ -1,5 +1,7 @@
 """What layers need of tensors and `keras.ops` does not give."""
 
+from typing import Any
+
 import numpy as np
 
 from keras_mha._keras import Tensor
@@ -17,6 +19,18 @@ def known_numbers(x: Tensor) -> np.ndarray | None:
         work them out.
     """
     return backends.current().known(x)
+
+
+def is_read_by_compiler() -> bool:
+    """Whether a compiler reads the Python that runs now, as `torch.compile` does, which
+    knows no NumPy; others run it, with placeholders for tensors."""
+    return backends.current().is_read_by_compiler()
+
+
+def constant(numbers: Any, dtype: str | None = None) -> Tensor:
+    """Returns numbers that are known beforehand, of an array or a tuple, as a tensor,
+    in a way that every compiler can read."""
+    return backends.current().constant(numbers, dtype)
 
 
 def plain(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keras import ops
 
 from keras_mha.kernels.backends.jax_differentiable import with_gradient
 from keras_mha.kernels.backends.jax_manual_axes import alike
@@ -144,6 +145,16 @@ def without_gradients() -> contextlib.AbstractContextManager:
 def known(x: Any) -> np.ndarray | None:
     """Returns the numbers of a tensor, or `None` while a program is only written."""
     return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def is_read_by_compiler() -> bool:
+    """Whether a compiler reads the Python that runs now."""
+    return False
+
+
+def constant(numbers: Any, dtype: str | None) -> Any:
+    """Returns numbers that are known beforehand as a tensor."""
+    return ops.convert_to_tensor(numbers, dtype=dtype)
 
 
 def plain(x: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from keras import ops
 
 from keras_mha.kernels.backends.tensorflow_differentiable import (
     in_forward_mode,
@@ -163,6 +164,16 @@ def known(x: Any) -> np.ndarray | None:
     """Returns the numbers of a tensor, or `None` while a program is only written."""
     x = tf.convert_to_tensor(x)  # a Variable in a graph has numbers, but of before
     return x.numpy() if hasattr(x, "numpy") else None
+
+
+def is_read_by_compiler() -> bool:
+    """Whether a compiler reads the Python that runs now."""
+    return False
+
+
+def constant(numbers: Any, dtype: str | None) -> Any:
+    """Returns numbers that are known beforehand as a tensor."""
+    return ops.convert_to_tensor(numbers, dtype=dtype)
 
 
 def plain(x: Any) -> Any:

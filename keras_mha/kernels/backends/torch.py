@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from keras import ops
 
 from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
 from keras_mha.kernels.backends.torch_recomputing import drawn
@@ -177,6 +178,18 @@ def known(x: Any) -> np.ndarray | None:
         return x.detach().cpu().numpy()
     except RuntimeError:  # of `torch.func` and on the meta device there are none
         return None
+
+
+def is_read_by_compiler() -> bool:
+    """Whether a compiler reads the Python that runs now."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def constant(numbers: Any, dtype: str | None) -> Any:
+    """Returns numbers that are known beforehand as a tensor."""
+    # Keras goes by way of NumPy, or from number to number: compilers cannot, or slowly.
+    dtype = None if dtype is None else getattr(torch, dtype)
+    return ops.convert_to_tensor(torch.as_tensor(numbers, dtype=dtype))
 
 
 def plain(x: Any) -> Any:

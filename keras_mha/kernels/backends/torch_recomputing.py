@@ -14,14 +14,21 @@ import torch
 # Draws that a backward pass may still ask for: of all layers, in all micro-batches.
 _MOST = 2**14
 
+# Whoever sets torch's seed again gets numbers again that others got.
+_UNKNOWN = (
+    "Dropout is computed again in a backward pass, and which attention weights it "
+    "dropped the first time is not known, so that the gradients would be wrong. A "
+    "checkpoint must restore torch's random state: leave `preserve_rng_state=True`."
+)
+
 _drawn: OrderedDict[int, tuple[Any, Any]] = OrderedDict()  # who drew, and what
 
 
-# A compiled program may be run again too, and does not do again what it asks Python.
-@torch.compiler.disable
 def drawn(generator: Any, draw: Callable) -> Any:
     """Returns `draw(generator)`, or what it returned before where a gradient computes
     the same again."""
+    if torch.compiler.is_compiling():
+        return _drawn_by_program(generator, draw)
     token = _token()
     if token is None:
         return draw(generator)
@@ -31,16 +38,35 @@ def drawn(generator: Any, draw: Callable) -> Any:
         if len(_drawn) > _MOST:
             _drawn.popitem(last=False)
         return result
-    # Whoever sets torch's seed again gets numbers again that others got.
     drawer, result = _drawn.get(token, (None, None))
-    if result is None or drawer is not generator:
-        raise RuntimeError(
-            "Dropout is computed again in a backward pass, and which attention weights "
-            "it dropped the first time is not known, so that the gradients would be "
-            "wrong. A checkpoint must restore torch's random state: leave "
-            "`preserve_rng_state=True`."
-        )
+    if result is None or drawer != generator:
+        raise RuntimeError(_UNKNOWN)
     return result
+
+
+def _drawn_by_program(generator, draw):
+    """Writes the draw into a program, which may be run again too."""
+    if generator is None or torch._C._are_functorch_transforms_active():
+        return draw(generator)
+    return _draw(generator.state.value, id(generator))
+
+
+# What a program asks Python it asks once, when it is written: this it does each time.
+@torch.library.custom_op(
+    "keras_mha::draw", mutates_args=("state",), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _draw(state: torch.Tensor, generator: int) -> torch.Tensor:
+    def draw(seed):
+        pair = state.clone()
+        state[1] += 1  # as `keras.random.SeedGenerator.next` does
+        return pair
+
+    return drawn(generator, draw).clone()
+
+
+@_draw.register_fake
+def _(state, generator):
+    return torch.empty_like(state)
 
 
 def _token() -> int | None:
