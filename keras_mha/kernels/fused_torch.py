@@ -15,9 +15,10 @@ from keras_mha.kernels.backends.torch_differentiable import (
     of_formula,
     takes_formula,
 )
+from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import allowed_pairs, bias_block
-from keras_mha.kernels.parts import split_tensors
+from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
 
 # Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
@@ -162,10 +163,48 @@ def _torch_mask(call, tile):
     return torch.where(allowed, bias, hidden), seen
 
 
-# The compiler would unroll the slices: it runs them as they are.
-@torch.compiler.disable
 def _attend_slices(call, query, key, value):
-    return _Slices.apply(call, query, key, value)
+    if not torch.compiler.is_compiling():
+        return _Slices.apply(call, query, key, value)
+    mask, tensors = split_tensors(call.mask)
+    position_bias, held = split_tensors(call.position_bias)
+    biases = () if call.bias is None else (call.bias,)
+    arguments = mask, len(tensors), position_bias, len(held), call.scale
+    given = [query, key, value, *tensors, *held, *biases]
+    return as_node(_SlicesNode, arguments, given)
+
+
+class _SlicesNode:
+    """Slices as a kernel for `torch_operators`."""
+
+    def __init__(self, mask, mask_count, position_bias, position_count, scale):
+        self._mask, self._position_bias = mask, position_bias
+        self._ends = mask_count, mask_count + position_count
+        self._scale = scale
+
+    def _call(self, tensors):
+        first, second = self._ends
+        query, key, value, *rest = tensors
+        return AttentionCall(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            mask=join_tensors(self._mask, rest[:first]),
+            position_bias=join_tensors(self._position_bias, rest[first:second]),
+            bias=rest[second] if rest[second:] else None,
+            scale=self._scale,
+        )
+
+    def attend(self, tensors):
+        output = _sliced(self._call(tensors), *tensors[:3])
+        return output, output.new_empty(0)
+
+    def outlines(self, tensors):
+        query, _, value = tensors[:3]
+        output = query.new_empty(*query.shape[:3], value.shape[3])
+        return output, query.new_empty(0)
+
+    def gradients(self, tensors, output, kept, output_gradient, wanted):
+        found = _sliced_gradients(self._call(tensors), tensors[:3], output_gradient)
+        return [found[place] for place in wanted]
 
 
 class _Slices(torch.autograd.Function):
@@ -175,13 +214,7 @@ class _Slices(torch.autograd.Function):
     def forward(ctx, call, query, key, value):
         ctx.call = call
         ctx.save_for_backward(query, key, value)
-        output = query.new_zeros(*query.shape[:3], value.shape[3])
-        for tile in _slices(call):
-            rows, columns = _ranges(tile)
-            output[:, :, rows] = _attend_tile(
-                call, tile, query[:, :, rows], key[:, :, columns], value[:, :, columns]
-            )
-        return output
+        return _sliced(call, query, key, value)
 
     @staticmethod
     def backward(ctx, output_gradient):
@@ -194,24 +227,36 @@ class _Slices(torch.autograd.Function):
                 output_gradient,
             )
             return None, *found
-        # Of half types the slices' parts are added up in float32.
-        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-        gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]
-        for tile in _slices(ctx.call):
-            rows, columns = _ranges(tile)
-            ranges = (rows, columns, columns)
-            parts = [
-                x[:, :, r].detach().requires_grad_()
-                for x, r in zip(inputs, ranges, strict=True)
-            ]
-            with torch.enable_grad():
-                output = _attend_tile(ctx.call, tile, *parts)
-            found = torch.autograd.grad(output, parts, output_gradient[:, :, rows])
-            for gradient, r, part in zip(gradients, ranges, found, strict=True):
-                gradient[:, :, r] += part
-        return None, *(
-            gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)
+        return None, *_sliced_gradients(ctx.call, inputs, output_gradient)
+
+
+def _sliced(call, query, key, value):
+    output = query.new_zeros(*query.shape[:3], value.shape[3])
+    for tile in _slices(call):
+        rows, columns = _ranges(tile)
+        output[:, :, rows] = _attend_tile(
+            call, tile, query[:, :, rows], key[:, :, columns], value[:, :, columns]
         )
+    return output
+
+
+def _sliced_gradients(call, inputs, output_gradient):
+    # Of half types the slices' parts are added up in float32.
+    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]
+    for tile in _slices(call):
+        rows, columns = _ranges(tile)
+        ranges = (rows, columns, columns)
+        parts = [
+            x[:, :, r].detach().requires_grad_()
+            for x, r in zip(inputs, ranges, strict=True)
+        ]
+        with torch.enable_grad():
+            output = _attend_tile(call, tile, *parts)
+        found = torch.autograd.grad(output, parts, output_gradient[:, :, rows])
+        for gradient, r, part in zip(gradients, ranges, found, strict=True):
+            gradient[:, :, r] += part
+    return [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)]
 
 
 def _ranges(tile):

@@ -12,6 +12,7 @@ import torch
 from keras import ops
 
 from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
+from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.backends.torch_recomputing import drawn
 
 __all__ = ["drawn"]  # beside what is defined here
@@ -203,8 +204,6 @@ def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     return x.index_put((rows, index), new)
 
 
-# The compiler would unroll the loops over tiles: it runs them as they are.
-@torch.compiler.disable
 def with_gradient(
     forward: Callable,
     backward: Callable,
@@ -216,11 +215,53 @@ def with_gradient(
     than a gradient is asked for; see `blockwise`."""
     if takes_formula():
         return formula(problem, tensors)
+    if torch.compiler.is_compiling():
+        return _as_node(forward, backward, problem, tensors)
     names = [name for name in problem.differentiable if name in tensors]
     inputs = [tensors[name] for name in names]
     return _Attention.apply(
         forward, backward, formula, problem, tensors, names, *inputs
     )
+
+
+def _as_node(forward, backward, problem, tensors):
+    """Writes tiles into a program that is compiled."""
+    names = tuple(name for name in tensors if name != "mask")
+    given = [tensors[name] for name in names] + list(tensors["mask"])
+    arguments = forward, backward, type(problem), tuple(vars(problem).items()), names
+    return as_node(_Node, arguments, given)
+
+
+class _Node:
+    """Tiles as a kernel for `torch_operators`."""
+
+    def __init__(self, forward, backward, kind, fields, names):
+        self._forward, self._backward = forward, backward
+        self._problem, self._names = kind(**dict(fields)), names
+
+    def _by_name(self, tensors):
+        count = len(self._names)
+        by_name = dict(zip(self._names, tensors[:count], strict=True))
+        return by_name | {"mask": tuple(tensors[count:])}
+
+    def attend(self, tensors):
+        return self._forward(self._problem, self._by_name(tensors))
+
+    def outlines(self, tensors):
+        tensors = self._by_name(tensors)
+        query, value = tensors["query"], tensors["value"]
+        batch, groups, _, shared, rows = query.shape
+        shape = (batch, groups, value.shape[2], shared, rows)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty((*shape[:2], 1, *shape[3:]), dtype=dtype)
+        return query.new_empty(shape), lse
+
+    def gradients(self, tensors, output, kept, output_gradient, wanted):
+        names = tuple(self._names[place] for place in wanted)
+        problem = dataclasses.replace(self._problem, differentiable=names)
+        tensors = self._by_name(tensors)
+        found = self._backward(problem, tensors, output, kept, output_gradient)
+        return [found[name] for name in names]
 
 
 class _Attention(torch.autograd.Function):
