@@ -115,11 +115,9 @@ def _attend_tile(call, tile, query, key, value):
 
 def _torch_attention(query, key, value, mask, causal, scale):
     """Calls torch's kernel, and sees to the derivatives that it has not."""
-    options = {
-        "is_causal": causal,
-        "scale": scale,
-        "enable_gqa": bool(query.shape[1] != key.shape[1]),  # tensors, when traced
-    }
+    options = {"is_causal": causal, "scale": scale}
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
 
     def formula(query, key, value, mask=mask):
         # What torch's function itself takes where no kernel fits.

@@ -20,6 +20,8 @@ def as_constants(part: Any) -> Any:
         return _PARTS, as_constants(part.kind), as_constants(part.parts)
     if isinstance(part, tuple):
         return _TUPLE, *(as_constants(each) for each in part)
+    if type(part) in (int, float):
+        return type(part)(f"{part}")  # settles what a compiler leaves open
     return part
 
 

@@ -141,6 +141,6 @@ class AttentionAxes:
 
     def _merged_sizes(self, sizes: Sequence[Any]) -> tuple[Any, Any]:
         return (
-            math.prod(sizes[axis] for axis in self.batch),
-            math.prod(sizes[axis] for axis in self.attended),
+            math.prod([sizes[axis] for axis in self.batch]),
+            math.prod([sizes[axis] for axis in self.attended]),
         )

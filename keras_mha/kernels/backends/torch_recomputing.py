@@ -5,11 +5,15 @@ backward pass, with the state of torch's own random generator as it was. So a nu
 from that generator is the same both times, and tells which draw it was.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from keras import ops
+
+from keras_mha._keras import draw_seed
 
 # Draws that a backward pass may still ask for: of all layers, in all micro-batches.
 _MOST = 2**14
@@ -46,7 +50,9 @@ def drawn(generator: Any, draw: Callable) -> Any:
 
 def _drawn_by_program(generator, draw):
     """Writes the draw into a program, which may be run again too."""
-    if generator is None or torch._C._are_functorch_transforms_active():
+    if generator is None:
+        return _draw_of_all(_ticket())
+    if torch._C._are_functorch_transforms_active():
         return draw(generator)
     return _draw(generator.state.value, id(generator))
 
@@ -67,6 +73,28 @@ def _draw(state: torch.Tensor, generator: int) -> torch.Tensor:
 @_draw.register_fake
 def _(state, generator):
     return torch.empty_like(state)
+
+
+@torch.library.custom_op(
+    "keras_mha::draw_of_all", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _draw_of_all(ticket: int) -> torch.Tensor:
+    """Draws from Keras's own generator. Equal calls without tensors a compiler takes
+    for one: each has a ticket of its own."""
+    return drawn(None, draw_seed).clone()
+
+
+@_draw_of_all.register_fake
+def _(ticket):
+    return ops.convert_to_tensor(torch.empty(2, dtype=torch.int64))
+
+
+_tickets = itertools.count()
+
+
+@torch._dynamo.assume_constant_result
+def _ticket() -> int:
+    return next(_tickets)
 
 
 def _token() -> int | None:
