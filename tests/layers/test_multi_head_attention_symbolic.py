@@ -190,5 +190,7 @@ def test_the_layer_traces_as_one_graph(layer_call_and_expected):
     import torch
 
     layer, call, x, expected = layer_call_and_expected
-    function = torch.compile(lambda x: layer(x, **call), backend="aot_eager")
+    function = torch.compile(
+        lambda x: layer(x, **call), backend="aot_eager", fullgraph=True
+    )
     np.testing.assert_allclose(to_numpy(function(x).detach()), expected, atol=1e-5)

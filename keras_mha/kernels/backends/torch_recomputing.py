@@ -50,6 +50,8 @@ def drawn(generator: Any, draw: Callable) -> Any:
 
 def _drawn_by_program(generator, draw):
     """Writes the draw into a program, which may be run again too."""
+    if torch.compiler.is_exporting():  # to be run without this package
+        return draw(generator)
     if generator is None:
         return _draw_of_all(_ticket())
     if torch._C._are_functorch_transforms_active():
