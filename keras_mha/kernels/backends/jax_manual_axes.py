@@ -47,3 +47,8 @@ def alike(tree: Any) -> Any:
     """Casts all tensors to vary as those of the call that is being computed."""
     axes = _axes.get()
     return jax.tree.map(lambda x: cast(x, axes), tree) if axes else tree
+
+
+def is_varying() -> bool:
+    """Whether tensors of the call that is being computed vary along any axis."""
+    return bool(_axes.get())
