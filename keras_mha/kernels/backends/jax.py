@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from keras_mha.kernels.backends.jax_differentiable import with_gradient
-from keras_mha.kernels.backends.jax_manual_axes import alike, is_varying
+from keras_mha.kernels.backends.jax_manual_axes import alike, is_varying, shard_index
 
-__all__ = ["with_gradient"]  # beside what is defined here
+__all__ = ["shard_index", "with_gradient"]  # beside what is defined here
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
 
