@@ -147,7 +147,7 @@ def splits_sequences() -> bool:
 def shard_index(*tensors: Any) -> Any:
     """Returns the number of this device among those that these tensors vary over, or
     `None` where nothing says that they vary."""
-    return None
+    return None  # as types of JAX do
 
 
 def devices_along(x: Any, axis: int) -> int:
