@@ -129,7 +129,7 @@ def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
     differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))
     tensors |= held
     if call.dropout:
-        tensors["seed"] = dropout.seed_pair(call.seed)
+        tensors["seed"] = dropout.seed_of(call)
     mask, tensors["mask"] = split_tensors(call.mask)
     problem = Problem(
         scale=call.scale,

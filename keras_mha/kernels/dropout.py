@@ -21,6 +21,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, draw_seed
 from keras_mha.kernels import backends
+from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Tile
 
 # Odd multipliers as int32; the first two are those of C. Wellons's "lowbias32".
@@ -48,11 +49,27 @@ def seed_pair(seed: Any) -> Tensor:
     return ops.cast(backends.current().drawn(seed, draw_seed), "int32")
 
 
+def seed_of(call: AttentionCall) -> Tensor:
+    """Returns the `seed_pair` of a call.
+
+    Where devices run a program of their own each, every one counts its heads from 0.
+    With the pair returned they are counted on from device to device, in `kept`: each
+    drops other weights, and of a sharded batch those that one device would drop.
+    """
+    pair = seed_pair(call.seed)
+    shard = backends.current().shard_index(call.query, call.key)
+    if shard is None:
+        return pair
+    batch, _, heads, _ = ops.shape(call.query)
+    first_head = shard * (batch * heads)
+    return ops.stack([pair[0] + first_head * _HEAD, pair[1]])
+
+
 def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
     """Says which weights of a tile to keep.
 
     Args:
-        seed: Two int32, from `seed_pair`.
+        seed: Two int32, from `seed_of`.
         rate: Share of the weights to drop, less than 1.
         head_index: int32, shape `(..., 1, 1)`: batch row times heads plus head.
         tile: The rows and columns.

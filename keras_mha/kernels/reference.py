@@ -98,7 +98,7 @@ def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
         ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1)
     )
     tile = whole_tile(rows, columns)
-    kept = dropout.kept(dropout.seed_pair(call.seed), call.dropout, head_index, tile)
+    kept = dropout.kept(dropout.seed_of(call), call.dropout, head_index, tile)
     return backends.current().keep(weights / (1.0 - call.dropout), kept)
 
 

@@ -1,4 +1,4 @@
-"""Tiles within `jax.shard_map`: the numbers and gradients of one device."""
+"""Attention within `jax.shard_map` and on explicit axes: the numbers of one device."""
 
 from __future__ import annotations
 
@@ -21,12 +21,20 @@ KINDS = [
     *("plain, one axis", "window, one axis", "padding, one axis"),
     *("segments, one axis", "bias, one axis", "ALiBi, one axis"),
     "grouped heads, sink and cap, one axis",
+    *("dropout, one axis", "dropout, two axes", "dropout, reference"),
+    "dropout, rows along both axes",
+    *("vmap, within", "vmap, around"),
+    "derivatives, two axes",
+    *("explicit axes, rows and heads", "explicit axes, width"),
 ]
+# What says to JAX that tensors vary, so that each device drops other weights.
+VARYING = ["heads and rows", "queries", "rows, pmap, own state"]
+NOT_KNOWN = ["rows, unchecked", "rows, pmap"]
 
 
 @pytest.fixture(scope="module")
-def errors():
-    """By case; of a process that has four devices, which this one cannot have."""
+def found():
+    """Of a process that has four devices, which this one cannot have."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(WORKER)],
@@ -40,10 +48,27 @@ def errors():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_numbers_are_those_of_one_device(errors, kind):
-    assert errors[kind] < 2e-5
+def test_numbers_are_those_of_one_device(found, kind):
+    assert found["errors"][kind] < 2e-5
 
 
-def test_every_case_is_looked_at(errors):
-    assert sorted(errors) == sorted(KINDS)
+@pytest.mark.parametrize("kind", VARYING + NOT_KNOWN)
+def test_every_implementation_drops_the_same_weights(found, kind):
+    assert found["errors"][f"dropped, {kind}"] < 2e-5
+
+
+@pytest.mark.parametrize("kind", VARYING)
+def test_every_device_drops_other_weights(found, kind):
+    assert found["agreements"][kind] < 0.6  # of what is dropped by half
+
+
+@pytest.mark.parametrize("kind", NOT_KNOWN)
+def test_devices_drop_the_same_weights_where_jax_does_not_say_what_varies(found, kind):
+    assert found["agreements"][kind] == 1  # as the guide says
+
+
+def test_every_case_is_looked_at(found):
+    kinds = VARYING + NOT_KNOWN
+    assert sorted(found["errors"]) == sorted(KINDS + [f"dropped, {x}" for x in kinds])
+    assert sorted(found["agreements"]) == sorted(kinds)
     assert keras.backend.backend() == "jax"

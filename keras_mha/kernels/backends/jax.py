@@ -10,9 +10,9 @@ import numpy as np
 from keras import ops
 
 from keras_mha.kernels.backends.jax_differentiable import with_gradient
-from keras_mha.kernels.backends.jax_manual_axes import alike
+from keras_mha.kernels.backends.jax_manual_axes import alike, is_varying, shard_index
 
-__all__ = ["with_gradient"]  # beside what is defined here
+__all__ = ["shard_index", "with_gradient"]  # beside what is defined here
 
 _EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
 
@@ -41,7 +41,19 @@ def loop(count: Any, body: Callable, carry: tuple) -> tuple:
 
 def either(condition: Any, yes: Callable, no: Callable) -> Any:
     """Runs one of two functions without arguments, by a boolean worked out now."""
+    if is_varying():
+        # `vmap` of a `cond` compares what varies over devices with what does not, which
+        # JAX refuses; of a loop it does not.
+        return _in_one_turn(condition, yes, no)
     return jax.lax.cond(condition, lambda: alike(yes()), lambda: alike(no()))
+
+
+def _in_one_turn(condition, yes, no):
+    def turn(carry):
+        return alike((jnp.zeros((), bool), yes()))
+
+    carry = alike((jnp.asarray(condition), no()))
+    return jax.lax.while_loop(lambda carry: carry[0], turn, carry)[1]
 
 
 def table(numbers: Any) -> Any:

@@ -23,6 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_mha.kernels.backends import jax_manual_axes as manual_axes
+from keras_mha.kernels.backends.jax_explicit_axes import in_auto_axes
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def with_gradient(
 ) -> Any:
     """Runs `forward` and differentiates it by `backward`, and by `formula` where more
     than a gradient is asked for; see `blockwise`."""
+    attend = partial(_with_gradient, forward, backward, formula, problem)
+    return in_auto_axes(attend, tensors)
+
+
+def _with_gradient(forward, backward, formula, problem, tensors):
     names = tuple(name for name in problem.differentiable if name in tensors)
     rest, tree = jax.tree.flatten({n: x for n, x in tensors.items() if n not in names})
     call = _Call(forward, backward, formula, problem, names, tree)

@@ -47,3 +47,19 @@ def alike(tree: Any) -> Any:
     """Casts all tensors to vary as those of the call that is being computed."""
     axes = _axes.get()
     return jax.tree.map(lambda x: cast(x, axes), tree) if axes else tree
+
+
+def is_varying() -> bool:
+    """Whether tensors of the call that is being computed vary along any axis."""
+    return bool(_axes.get())
+
+
+def shard_index(*tensors: Any) -> Any:
+    """Returns the number of this device among those that these tensors vary over, or
+    `None` where nothing says that they vary."""
+    axes = varying(*tensors)
+    if not axes:
+        return None
+    # In the mesh's order, in which arrays are sharded along several axes.
+    mesh = jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.axis_index(tuple(axis for axis in mesh if axis in axes))

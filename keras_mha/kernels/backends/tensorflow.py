@@ -140,6 +140,12 @@ def splits_sequences() -> bool:
     return False  # TensorFlow has no such thing
 
 
+def shard_index(*tensors: Any) -> Any:
+    """Returns the number of this device among those that these tensors vary over, or
+    `None` where nothing says that they vary."""
+    return None  # as types of JAX do
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # TensorFlow's strategies copy weights
