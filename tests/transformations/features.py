@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,11 +15,12 @@ B, T, S, D, N, H = 4, 20, 23, 6, 2, 4  # B is halved, and shared by two devices
 RNG = np.random.default_rng(0)
 
 
-class Feature(NamedTuple):
+@dataclass(frozen=True)
+class Feature:
     """A row of tests.
 
     Args:
-        column: Of the README's table, which holds several features.
+        column: Of the README's table, which has one for several features.
         layer: Arguments of the layer; what can be called is called for each layer.
         call: Arguments of the call that are no tensors.
         tensors: Arguments of the call that are, as NumPy arrays, the batch first.
@@ -28,9 +30,9 @@ class Feature(NamedTuple):
     """
 
     column: str
-    layer: dict[str, Any] = {}
-    call: dict[str, Any] = {}
-    tensors: dict[str, np.ndarray] = {}
+    layer: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
     before: Any = None
     decodes: bool = False
 

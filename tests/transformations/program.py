@@ -222,15 +222,38 @@ def expected(feature, gives, halves):
     return getattr(Expected(feature, halves), gives)()
 
 
+def differences(feature, gives):
+    """The second of `Expected`'s derivatives, roughly: from what two steps change."""
+    formula, step = Expected(feature, halves=False), 1e-2
+
+    def ahead(step):
+        moved = [
+            array + step * direction
+            for array, direction in zip(
+                formula.arrays, formula.directions(), strict=True
+            )
+        ]
+        if gives == "second":
+            return formula.first_derivatives(moved)
+        return [to_numpy(formula.flat(*map(to_tensor, moved)))]
+
+    return [
+        (after - before) / (2 * step)
+        for after, before in zip(ahead(step), ahead(-step), strict=True)
+    ]
+
+
 def largest_error(found, wanted):
-    """Of the largest number of each array, how much the worst one is off."""
-    errors = [0.0]
-    for one, two in zip(found, wanted, strict=True):
-        one, two = np.asarray(one, "float64"), np.asarray(two, "float64")
-        if one.shape != two.shape or not np.isfinite(one).all():
-            return np.inf
-        errors.append(np.abs(one - two).max() / max(1.0, np.abs(two).max()))
-    return max(errors)
+    """How much the worst number is off, as a share of the largest of them all."""
+    pairs = [
+        (np.asarray(one, "float64"), np.asarray(two, "float64"))
+        for one, two in zip(found, wanted, strict=True)
+    ]
+    if any(one.shape != two.shape for one, two in pairs):
+        return np.inf
+    error = max(np.abs(one - two).max() for one, two in pairs)
+    largest = max(np.abs(two).max() for _, two in pairs)
+    return error / largest if np.isfinite(error) else np.inf
 
 
 def limit(feature):

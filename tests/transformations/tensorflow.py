@@ -23,7 +23,9 @@ def unknown(program):
         return (*[None] * (array.ndim - 1), width)
 
     return {
-        name: tf.TensorSpec(shape(name, array), array.dtype, name=name.replace(" ", "_"))
+        name: tf.TensorSpec(
+            shape(name, array), array.dtype, name=name.replace(" ", "_")
+        )
         for name, array in program.inputs.items()
     }
 

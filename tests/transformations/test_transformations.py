@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,8 +13,15 @@ from pathlib import Path
 import keras
 import pytest
 
-from tests.transformations.features import FEATURES
-from tests.transformations.program import check
+from tests.transformations import table
+from tests.transformations.cells import IMPOSSIBLE, NOT_YET, Refusal
+from tests.transformations.features import COLUMNS, FEATURES
+from tests.transformations.program import (
+    check,
+    differences,
+    expected,
+    largest_error,
+)
 
 BACKEND = keras.backend.backend()
 TRANSFORMATIONS = import_module(f"tests.transformations.{BACKEND}").TRANSFORMATIONS
@@ -53,7 +61,67 @@ def run(request):
     )(feature, transformation)
 
 
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def cells():
+    for feature in FEATURES:
+        for transformation in TRANSFORMATIONS:
+            fault = NOT_YET.get((feature, transformation))
+            marks = [pytest.mark.xfail(reason=fault.reason)] if fault else []
+            yield pytest.param(feature, transformation, marks=marks)
+
+
+@pytest.mark.parametrize(("feature", "transformation"), cells())
+def test_a_cell_is_right_or_an_error_by_name(run, feature, transformation):
+    refusal = IMPOSSIBLE.get((feature, transformation))
+    if refusal is None:
+        run(feature, transformation)
+        return
+    with pytest.raises(Exception, match=re.escape(refusal.error)):
+        run(feature, transformation)
+
+
+@pytest.mark.parametrize("gives", ["tangents", "second"])
 @pytest.mark.parametrize("feature", FEATURES)
-def test_a_feature_under_a_transformation(run, feature, transformation):
-    run(feature, transformation)
+def test_the_derivatives_expected_are_those_of_differences(feature, gives):
+    """What the transformations are held to is itself held to first derivatives and
+    outputs, at two places nearby."""
+    if FEATURES[feature].column == "bfloat16":
+        pytest.skip("differences of 8 bits say nothing")
+    wanted = expected(feature, gives, False)
+    found = differences(feature, gives)
+    assert largest_error(found, wanted) < 0.01
+
+
+def test_every_exception_is_a_cell():
+    names = {name for _, name in table.transformations()}
+    for feature, transformation in IMPOSSIBLE.keys() | NOT_YET.keys():
+        assert feature in FEATURES
+        assert transformation in names
+
+
+@pytest.mark.parametrize("refusal", set(IMPOSSIBLE.values()), ids=lambda x: x.error)
+def test_the_guide_lists_the_errors(refusal):
+    guide = (ROOT / "docs/guide.md").read_text("utf-8")
+    assert refusal.error in " ".join(guide.split())
+
+
+@pytest.mark.parametrize(
+    ("readme", "chinese"), [("README.md", False), ("README.zh-CN.md", True)]
+)
+def test_the_readme_holds_what_is_tested(readme, chinese):
+    """To write it: `python -m tests.transformations.table`."""
+    block = f"{table.BEGIN}\n{table.section(chinese)}\n{table.END}"
+    assert block in (ROOT / readme).read_text("utf-8")
+
+
+def test_a_cell_of_the_readme_that_is_an_error_has_no_mark(monkeypatch):
+    refusal = Refusal("an error", "a note on it", "说明")
+    monkeypatch.setattr(table, "IMPOSSIBLE", {("dropout", "jax.jvp"): refusal})
+    monkeypatch.setattr(table, "NOT_YET", {("ALiBi", "jax.jvp"): refusal})
+    (row,) = (x for x in table.section().splitlines() if "`jax.jvp`" in x)
+    marks = [cell.strip() for cell in row.strip("|").split("|")[1:]]
+    found = dict(zip(COLUMNS, marks, strict=True))
+    assert found["dropout"] == "(1)" and found["positions"] == "✓ (1)"
+    assert {x for name, x in found.items() if name not in ("dropout", "positions")} == {
+        "✓"
+    }
+    assert "1. a note on it" in table.section()

@@ -92,7 +92,7 @@ def func_vmap(program):
             }
 
         axes = {name: None if is_shared(name) else 0 for name in floats}
-        others_axes = {name: 0 for name in others}
+        others_axes = dict.fromkeys(others, 0)
         mapped = torch.func.vmap(program.pure, (axes, others_axes))
         outputs = mapped(halves(floats), halves(others))
         return [x.reshape(-1, *x.shape[2:]) for x in outputs]

@@ -1,3 +1,5 @@
+"""What a transformation is, for the tests."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
