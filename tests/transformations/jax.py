@@ -131,5 +131,5 @@ TRANSFORMATIONS = {
     "jax.lax.scan": Transformation(scan, "gradients", halves=True),
     "jax.checkpoint": Transformation(checkpoint, "gradients"),
     "jax.jvp": Transformation(jvp, "tangents"),
-    "jax.grad of jax.grad": Transformation(second_order, "second"),
+    "jax.grad(jax.grad)": Transformation(second_order, "second"),
 }

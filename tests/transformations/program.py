@@ -224,7 +224,7 @@ def expected(feature, gives, halves):
 
 def differences(feature, gives):
     """The second of `Expected`'s derivatives, roughly: from what two steps change."""
-    formula, step = Expected(feature, halves=False), 1e-2
+    formula, step = Expected(feature, halves=False), 2e-3
 
     def ahead(step):
         moved = [

@@ -79,13 +79,15 @@ def test_a_cell_is_right_or_an_error_by_name(run, feature, transformation):
         run(feature, transformation)
 
 
+# Of 8 bits differences say nothing, and a step away from 0 changes Keras's mask.
+SMOOTH = [name for name in FEATURES if name not in ("bfloat16", "Keras mask")]
+
+
 @pytest.mark.parametrize("gives", ["tangents", "second"])
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("feature", SMOOTH)
 def test_the_derivatives_expected_are_those_of_differences(feature, gives):
     """What the transformations are held to is itself held to first derivatives and
     outputs, at two places nearby."""
-    if FEATURES[feature].column == "bfloat16":
-        pytest.skip("differences of 8 bits say nothing")
     wanted = expected(feature, gives, False)
     found = differences(feature, gives)
     assert largest_error(found, wanted) < 0.01
@@ -98,10 +100,9 @@ def test_every_exception_is_a_cell():
         assert transformation in names
 
 
-@pytest.mark.parametrize("refusal", set(IMPOSSIBLE.values()), ids=lambda x: x.error)
-def test_the_guide_lists_the_errors(refusal):
-    guide = (ROOT / "docs/guide.md").read_text("utf-8")
-    assert refusal.error in " ".join(guide.split())
+def test_the_guide_lists_the_errors():
+    guide = " ".join((ROOT / "docs/guide.md").read_text("utf-8").split())
+    assert all(refusal.error in guide for refusal in IMPOSSIBLE.values())
 
 
 @pytest.mark.parametrize(
