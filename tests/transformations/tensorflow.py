@@ -1,4 +1,8 @@
-"""TensorFlow's transformations of a program, none of which knows a batch or length."""
+"""TensorFlow's transformations of a program, none of which knows a batch or length.
+
+Graphs take long to make: those of tiles are made with gradients, and one tile, which a
+short call has, is looked at in the file that is saved.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import keras
 
 from tests.helpers import to_numpy
 from tests.transformations.program import CACHE, is_shared, tensors, total
-from tests.transformations.transformation import Transformation
+from tests.transformations.transformation import LONG, SHORT, Transformation
 
 
 def unknown(program):
@@ -68,7 +72,7 @@ def saved_model(program):
 
 
 TRANSFORMATIONS = {
-    "tf.function": Transformation(function, "gradients"),
-    "jit_compile=True": Transformation(with_xla, "gradients"),
-    "SavedModel": Transformation(saved_model, "outputs"),
+    "tf.function": Transformation(function, "gradients", lengths=(LONG,)),
+    "jit_compile=True": Transformation(with_xla, "gradients", lengths=(LONG,)),
+    "SavedModel": Transformation(saved_model, "outputs", lengths=(SHORT,)),
 }
