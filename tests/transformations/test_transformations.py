@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from tests.transformations.program import (
 BACKEND = keras.backend.backend()
 TRANSFORMATIONS = import_module(f"tests.transformations.{BACKEND}").TRANSFORMATIONS
 ROOT = Path(__file__).resolve().parents[2]
+SHARDED = "jax.shard_map"
 
 
 @pytest.fixture(scope="session")
@@ -56,17 +58,21 @@ def run(request):
         if error:
             raise RuntimeError(error)
 
-    return lambda feature, transformation: (
-        on_two_devices if transformation == "jax.shard_map" else here
-    )(feature, transformation)
+    def anywhere(feature, transformation):
+        run = on_two_devices if transformation == SHARDED else here
+        run(feature, transformation)
+
+    return anywhere
 
 
 def cells():
-    for feature in FEATURES:
-        for transformation in TRANSFORMATIONS:
-            fault = NOT_YET.get((feature, transformation))
-            marks = [pytest.mark.xfail(reason=fault.reason)] if fault else []
-            yield pytest.param(feature, transformation, marks=marks)
+    """Those that share a process stand together, so that one of pytest's workers has
+    them all and starts it once; of the others those of a feature do."""
+    pairs = list(itertools.product(FEATURES, TRANSFORMATIONS))
+    for feature, transformation in sorted(pairs, key=lambda x: x[1] != SHARDED):
+        fault = NOT_YET.get((feature, transformation))
+        marks = [pytest.mark.xfail(reason=fault.reason)] if fault else []
+        yield pytest.param(feature, transformation, marks=marks)
 
 
 @pytest.mark.parametrize(("feature", "transformation"), cells())
