@@ -19,7 +19,12 @@ from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name, larger, smaller
 from keras_mha.masks import Mask
-from keras_mha.ops.tensors import known_numbers, plain, with_one_replaced
+from keras_mha.ops.tensors import (
+    known_numbers,
+    plain,
+    take_along_axis,
+    with_one_replaced,
+)
 
 Cache = dict[str, Tensor]
 
@@ -175,7 +180,7 @@ class NewTokens:
         """Puts one token of each row into its slot: in place, where a compiler can."""
         slot = self.before % self.slots
         if self.valid is not None or self.fits is not None:
-            held = ops.take_along_axis(old, slot[:, None, None, None], axis=1)
+            held = take_along_axis(old, slot[:, None, None, None], axis=1)
             is_added = self.after > self.before
             x = ops.where(is_added[:, None, None, None], x, held)
         return with_one_replaced(old, slot, x[:, 0])
@@ -187,7 +192,7 @@ class NewTokens:
         source = positions - self.before[:, None]
         is_new = (source >= 0)[:, :, None, None]
         source = ops.clip(source, 0, self.count - 1)[:, :, None, None]
-        return ops.where(is_new, ops.take_along_axis(x, source, axis=1), old)
+        return ops.where(is_new, take_along_axis(x, source, axis=1), old)
 
     @property
     def _is_one_token(self) -> bool:
@@ -209,7 +214,7 @@ class NewTokens:
         index = ops.arange(self.count, dtype="int32")[None]
         order = ops.sort(ops.where(self.valid, index, self.count), axis=1)
         order = smaller(order, self.count - 1)
-        return ops.take_along_axis(x, order[:, :, None, None], axis=1)
+        return take_along_axis(x, order[:, :, None, None], axis=1)
 
 
 def slot_positions(length: Tensor, slots: int) -> Tensor:

@@ -7,6 +7,7 @@ from keras import ops
 from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, as_tensor, dtype_name, is_integer
 from keras_mha.layers.axes import AttentionAxes
+from keras_mha.ops.tensors import take_along_axis
 
 
 def checked_ids(name: str, ids: Any, shape: Shape, axis: int = 1) -> Tensor:
@@ -94,4 +95,4 @@ def restarted(segment_ids: Tensor) -> Tensor:
     # The starts in order, then fillers: the n-th segment's tokens take the n-th.
     starts = ops.sort(ops.where(is_start, index, length), axis=1)
     number = ops.cumsum(ops.cast(is_start, "int32"), axis=1) - 1
-    return index - ops.take_along_axis(starts, number, axis=1)
+    return index - take_along_axis(starts, number, axis=1)

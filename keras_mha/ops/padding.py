@@ -17,7 +17,7 @@ from keras import ops
 from keras_mha._keras import Tensor
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import And, Mask, Padding, Segments
-from keras_mha.ops.tensors import known_numbers
+from keras_mha.ops.tensors import known_numbers, take_along_axis
 
 
 def without_padding(call: AttentionCall) -> tuple[AttentionCall, Tensor | None]:
@@ -143,8 +143,8 @@ def _has_equal(ids: Tensor, others: Tensor, wanted: Tensor) -> Tensor:
         ops.cast(wanted, "int32"), ((0, 0), (0, ops.shape(ids)[1] - count))
     )
     order = ops.argsort(ids, axis=1)
-    ids = ops.take_along_axis(ids, order, axis=1)
-    wanted = ops.take_along_axis(wanted, order, axis=1)
+    ids = take_along_axis(ids, order, axis=1)
+    wanted = take_along_axis(wanted, order, axis=1)
     # Equal ids stand side by side now: counted up to the last and before the first.
     length = ops.shape(ids)[1]
     index = ops.broadcast_to(ops.arange(length, dtype="int32")[None], ops.shape(ids))
@@ -157,8 +157,8 @@ def _has_equal(ids: Tensor, others: Tensor, wanted: Tensor) -> Tensor:
     nexts = ops.concatenate([firsts[:, 1:], end], axis=1)
     total = ops.pad(ops.cumsum(wanted, axis=1), ((0, 0), (1, 0)))
     until, before = (
-        ops.take_along_axis(total, ops.take_along_axis(bounds, run, axis=1), axis=1)
+        take_along_axis(total, take_along_axis(bounds, run, axis=1), axis=1)
         for bounds in (nexts, firsts)
     )
     back = ops.argsort(order, axis=1)
-    return ops.take_along_axis(until > before, back, axis=1)[:, count:]
+    return take_along_axis(until > before, back, axis=1)[:, count:]

@@ -53,6 +53,17 @@ def devices_along(x: Tensor, axis: int) -> int:
     return backends.current().devices_along(x, axis)
 
 
+def take_along_axis(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """Returns, along one axis, the elements of `x` at these places.
+
+    Args:
+        x: Any shape.
+        index: Whole numbers, of the shape of `x` but for this axis; others may be 1.
+        axis: The axis.
+    """
+    return backends.current().take_along_axis(x, index, axis)
+
+
 def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
     """Returns `x` with one element of each row of the batch replaced.
 

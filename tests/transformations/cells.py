@@ -3,8 +3,6 @@
 A cell is a feature of `FEATURES` and a transformation of its backend's.
 """
 
-# ruff: noqa: RUF001 (full-width punctuation is what Chinese has)
-
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -33,13 +31,4 @@ class Fault(NamedTuple):
 
 
 IMPOSSIBLE: dict[tuple[str, str], Refusal] = {}
-EXPORT_OF_GATHERS = Fault(
-    "torch.take_along_dim, which Keras's take_along_axis calls, makes a constant of "
-    "the batch under torch.export",
-    "`segment_ids` and caches are exported for one batch size only.",
-    "使用 `segment_ids` 或缓存时，只能按一个固定的批大小导出。",
-)
-NOT_YET: dict[tuple[str, str], Fault] = {
-    (feature, "torch.export"): EXPORT_OF_GATHERS
-    for feature in ("segment_ids", "cache", "cache, positions", "all together")
-}
+NOT_YET: dict[tuple[str, str], Fault] = {}

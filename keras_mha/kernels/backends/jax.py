@@ -174,6 +174,11 @@ def plain(x: Any) -> Any:
     return x
 
 
+def take_along_axis(x: Any, index: Any, axis: int) -> Any:
+    """Returns along one axis what `index` says; other axes of length 1 broadcast."""
+    return ops.take_along_axis(x, index, axis=axis)
+
+
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
     return x.at[jnp.arange(x.shape[0]), index].set(new)

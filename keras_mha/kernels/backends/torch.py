@@ -204,6 +204,15 @@ def plain(x: Any) -> Any:
     return x
 
 
+def take_along_axis(x: Any, index: Any, axis: int) -> Any:
+    """Returns along one axis what `index` says; other axes of length 1 broadcast."""
+    # torch's own that broadcasts makes a constant of a batch that `torch.export` leaves
+    # open.
+    shape = list(x.shape)
+    shape[axis] = index.shape[axis]
+    return torch.gather(x, axis, index.expand(shape).long())
+
+
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
     rows = torch.arange(x.shape[0], device=x.device)
