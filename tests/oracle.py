@@ -380,6 +380,71 @@ def rotary_frequencies(
     return ramp * plain / factor + (1 - ramp) * plain, m
 
 
+def axial_rotary(
+    x: Array,
+    coordinates: Array,
+    *,
+    sections: tuple[int, ...] | None = None,
+    shared_frequencies: bool = False,
+    rotary_dim: int | None = None,
+    interleaved: bool = False,
+    max_wavelength: float = 10_000.0,
+    scaling: Mapping[str, Any] | None = None,
+    lengths: Array | None = None,
+) -> Array:
+    """Axial rotary embedding (Heo et al., 2024; Qwen2-VL) of heads (B, T, N, H).
+
+    A token has a coordinate on each of n axes; `coordinates` is (T, n) or (B, T, n).
+    The pairs of `rotary` are dealt to the axes in blocks: the first sections[0] turn
+    by the coordinate on axis 0, the next sections[1] by that on axis 1, and so on, in
+    blocks of d / 2n by default. Pair i overall is pair i - s of its axis's block, which
+    begins at s and has m pairs. It turns by its coordinate times
+
+        W^(-2 (i - s) / 2m)       the axis's own frequencies
+        W^(-2 i / d)              one sequence of frequencies, shared by the axes
+
+    and scaled, by that pair of `rotary_frequencies` of 2m and of d. "dynamic" scaling
+    takes for a row's length its largest coordinate + 1.
+    """
+    x = _float64(x)
+    batch, tokens, _, width = x.shape
+    dim = width if rotary_dim is None else rotary_dim
+    coordinates = np.asarray(coordinates)
+    axes = coordinates.shape[-1]
+    coordinates = np.broadcast_to(coordinates, (batch, tokens, axes))
+    if sections is None:
+        sections = (dim // 2 // axes,) * axes
+    if lengths is None:
+        lengths = coordinates.max(axis=(1, 2)) + 1
+    options = max_wavelength, scaling
+
+    turned = x.copy()
+    for b in range(batch):
+        start = 0
+        for axis, pairs in enumerate(sections):
+            for i in range(start, start + pairs):
+                if shared_frequencies:
+                    all_of_them, m = rotary_frequencies(dim, *options, lengths[b])
+                    frequency = all_of_them[i]
+                else:
+                    own, m = rotary_frequencies(2 * pairs, *options, lengths[b])
+                    frequency = own[i - start]
+                one, other = (2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2)
+                for t in range(tokens):
+                    angle = float(coordinates[b, t, axis]) * frequency
+                    cos, sin = np.cos(angle), np.sin(angle)
+                    x_a, x_b = x[b, t, :, one], x[b, t, :, other]
+                    turned[b, t, :, one] = m * (x_a * cos - x_b * sin)
+                    turned[b, t, :, other] = m * (x_a * sin + x_b * cos)
+            start += pairs
+    return turned
+
+
+def grid(*sizes: int) -> Array:
+    """The coordinates of a grid's points in row-major order, (T, n)."""
+    return np.array(list(np.ndindex(*sizes)), dtype=int).reshape(-1, len(sizes))
+
+
 def alibi_slopes(heads: int) -> Array:
     """The slopes of Press et al. (2022), (heads,).
 
@@ -533,7 +598,9 @@ def multi_head_attention(
     `config["position"]` is plain data: {"kind": "rotary", ...} with the options of
     `rotary`; {"kind": "alibi"}; or {"kind": "relative", ...} with the options of
     `relative_position_bucket`. The biases of the last two are added to
-    `attention_bias`. `position_ids` are those of `all_positions`.
+    `attention_bias`. `position_ids` are those of `all_positions`. With an option
+    "axes" above 1 they have a last axis of that many coordinates, and the options are
+    those of `axial_rotary`.
 
     Returns the output (B, T, *E) and the scores (B, N, T, S).
     """
@@ -550,12 +617,18 @@ def multi_head_attention(
     query_heads = normalize(query_heads, kind, epsilon, weights.get("query_norm"))
     key_heads = normalize(key_heads, kind, epsilon, weights.get("key_norm"))
 
-    query_positions, key_positions = all_positions(
-        query.shape[:2], key.shape[:2], position_ids, segment_ids
-    )
     position = dict(config.get("position") or {"kind": None})
     bias, position_kind = attention_bias, position.pop("kind")
-    if position_kind == "rotary":
+    axes = position.pop("axes", 1)
+    query_positions, key_positions = all_positions(
+        query.shape[:2], key.shape[:2], position_ids, segment_ids, axes
+    )
+    if position_kind == "rotary" and axes > 1:
+        furthest = [p.max(axis=(1, 2)) for p in (query_positions, key_positions)]
+        position["lengths"] = np.maximum(*furthest) + 1
+        query_heads = axial_rotary(query_heads, query_positions, **position)
+        key_heads = axial_rotary(key_heads, key_positions, **position)
+    elif position_kind == "rotary":
         # Both sides turn by the same frequencies, so scores know p_j - p_i alone.
         furthest = np.maximum(query_positions.max(axis=1), key_positions.max(axis=1))
         position["lengths"] = furthest + 1
@@ -647,12 +720,20 @@ def all_positions(
     key_shape: tuple[int, int],
     position_ids: Array | tuple[Array, Array] | None = None,
     segment_ids: Array | tuple[Array, Array] | None = None,
+    axes: int = 1,
 ) -> tuple[Array, Array]:
     """The positions of the queries (B, T) and of the keys (B, S).
 
     `position_ids` if given, one array for both or a pair, each (T,) or (B, T); else
-    counted anew from 0 in every segment; else 0..T-1 and 0..S-1.
+    counted anew from 0 in every segment; else 0..T-1 and 0..S-1. With several axes they
+    must be given and have one more axis, of the coordinates.
     """
+    if axes > 1:
+        pair = position_ids if isinstance(position_ids, tuple) else (position_ids,) * 2
+        return tuple(
+            np.broadcast_to(ids, (*shape, axes))
+            for ids, shape in zip(pair, (query_shape, key_shape), strict=True)
+        )
     found = []
     for side, shape in enumerate((query_shape, key_shape)):
         if position_ids is not None:

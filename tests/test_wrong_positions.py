@@ -183,6 +183,139 @@ POSITIONS = [
 ]
 
 
+def axial(**arguments):
+    return lambda: RotaryEmbedding(**arguments)
+
+
+def two_axes():
+    return RotaryEmbedding(axes=2)
+
+
+IMAGES = floats(2, 3, 4, 16)
+
+SEVERAL_AXES = [
+    ("axes 0", axial(axes=0), ValueError, "axes.*at least 1.*0"),
+    ("axes float", axial(axes=2.0), TypeError, "axes.*integer.*2.0"),
+    ("axes True", axial(axes=True), TypeError, "axes.*integer.*True"),
+    ("one section", axial(sections=4), TypeError, "sections.*tuple.*sections=4"),
+    ("no sections", axial(sections=()), ValueError, "sections.*each of `axes`"),
+    ("section 0", axial(sections=(4, 0)), ValueError, "sections.*at least 1.*0"),
+    ("sections floats", axial(sections=(4.0, 2)), TypeError, "sections.*4.0"),
+    (
+        "sections of other axes",
+        axial(axes=3, sections=(2, 2)),
+        ValueError,
+        r"sections.*each of `axes`.*\(2, 2\), axes=3",
+    ),
+    (
+        "sections of another rotary_dim",
+        axial(rotary_dim=8, sections=(2, 1)),
+        ValueError,
+        r"sections.*add up.*rotary_dim.*4.*\(2, 1\), 8 features",
+    ),
+    (
+        "sections of other heads",
+        construct(position=RotaryEmbedding(sections=(4, 4))),
+        ValueError,
+        r"sections.*add up.*key_dim.*4.*\(4, 4\)",
+    ),
+    (
+        "uneven shares",
+        construct(position=RotaryEmbedding(axes=3)),
+        ValueError,
+        r"multiple of 2 \* `axes`.*sections.*axes=3 and 8 features, 4 pairs",
+    ),
+    (
+        "shared_frequencies text",
+        axial(axes=2, shared_frequencies="yes"),
+        TypeError,
+        "shared_frequencies.*'yes'",
+    ),
+    (
+        "alone and without ids",
+        rotary(floats(2, 5, 4, 8), axes=2),
+        ValueError,
+        r"position_ids.*given.*\(5, 2\) or \(2, 5, 2\)",
+    ),
+    (
+        "alone with ids of one axis",
+        rotary(floats(2, 5, 4, 8), axes=2, ids=integers(2, 5)),
+        ValueError,
+        r"position_ids.*\(5, 2\) or \(2, 5, 2\).*\(2, 5\)",
+    ),
+    (
+        "a row without ids",
+        call(position=two_axes),
+        ValueError,
+        r"position_ids.*given.*\(5, 2\).*2 axes.*over 1.*\(2, 5, 16\)",
+    ),
+    (
+        "video for images",
+        call(floats(2, 2, 3, 4, 16), position=two_axes),
+        ValueError,
+        r"position_ids.*given.*\(2, 3, 4, 2\).*2 axes.*over 3",
+    ),
+    (
+        "ids of another grid",
+        call(IMAGES, position=two_axes, position_ids=integers(4, 3, 2)),
+        ValueError,
+        r"position_ids.*\(3, 4, 2\) or \(2, 3, 4, 2\).*\(4, 3, 2\)",
+    ),
+    (
+        "ids of one coordinate",
+        call(IMAGES, position=two_axes, position_ids=integers(2, 3, 4)),
+        ValueError,
+        r"position_ids.*\(3, 4, 2\).*2 axes.*\(2, 3, 4\)",
+    ),
+    (
+        "ids of another batch",
+        call(IMAGES, position=two_axes, position_ids=integers(3, 3, 4, 2)),
+        ValueError,
+        r"position_ids.*\(2, 3, 4, 2\).*\(3, 3, 4, 2\)",
+    ),
+    (
+        "ids of the query for the key's side",
+        call(
+            IMAGES,
+            floats(2, 2, 2, 16),
+            position=two_axes,
+            position_ids=integers(3, 4, 2),
+        ),
+        ValueError,
+        r"position_ids.*\(2, 2, 2\).*pair.*\(3, 4, 2\)",
+    ),
+    (
+        "three sides",
+        call(IMAGES, position=two_axes, position_ids=(integers(3, 4, 2),) * 3),
+        ValueError,
+        "position_ids.*pair.*3 tensors",
+    ),
+    (
+        "floats for coordinates",
+        call(IMAGES, position=two_axes, position_ids=floats(3, 4, 2)),
+        TypeError,
+        "position_ids.*whole.*float32",
+    ),
+    (
+        "a cache",
+        lambda: made(position=two_axes()).init_cache(2, 9),
+        ValueError,
+        "cache.*one axis.*position of 2 axes",
+    ),
+    (
+        "a cache of another layer",
+        call(
+            floats(2, 5, 16),
+            position=two_axes,
+            position_ids=integers(5, 2),
+            cache=made().init_cache(2, 9),
+        ),
+        ValueError,
+        "cache.*one axis.*position of 2 axes",
+    ),
+]
+
+
 def with_cache(
     *inputs, layer=None, cache=None, batch_size=2, max_length=9, change=None, **call
 ):
@@ -413,7 +546,7 @@ CACHE = [
 
 @pytest.mark.parametrize(
     ("wrong_use", "error", "message"),
-    [pytest.param(*line[1:], id=line[0]) for line in POSITIONS + CACHE],
+    [pytest.param(*line[1:], id=line[0]) for line in POSITIONS + SEVERAL_AXES + CACHE],
 )
 def test_wrong_use_says_what_is_wrong(wrong_use, error, message):
     with pytest.raises(error, match=f"(?s){message}"):
@@ -438,6 +571,13 @@ def test_a_functional_model_says_it_while_it_is_made(arguments, message):
     }
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         made(position=RotaryEmbedding())(keras.Input((5, 16)), **inputs)
+
+
+@pytest.mark.parametrize("ids", [None, (5, 3)])
+def test_a_functional_model_says_what_coordinates_it_lacks(ids):
+    given = {} if ids is None else {"position_ids": keras.Input(ids, dtype="int32")}
+    with pytest.raises(ValueError, match=r"position_ids.*\(5, 2\)"):
+        made(position=two_axes())(keras.Input((5, 16)), **given)
 
 
 @pytest.mark.skipif(

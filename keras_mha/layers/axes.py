@@ -72,6 +72,24 @@ class AttentionAxes:
         """`(B, *positions)` to `(B', T)`."""
         return x if self.is_plain else self._fold(x, trailing=0)
 
+    def fold_coordinates(self, ids: Tensor, like: Tensor) -> Tensor:
+        """Folds what `checked_coordinates` returned to `(B' or 1, T, coordinates)`.
+
+        Args:
+            ids: With all position axes, or with the attended ones alone.
+            like: What they are the coordinates of.
+        """
+        attended, count = sorted(self.attended), ids.shape[-1]
+        if len(ids.shape) == len(attended) + 1:
+            order = (attended.index(axis) for axis in self.attended)
+            ids = ops.transpose(ids, (*order, len(attended)))
+            length = math.prod(ops.shape(ids)[:-1])
+            return ops.reshape(ids, (1, length, count))
+        if self.is_plain:
+            return ids
+        ids = ops.broadcast_to(ids, (*ops.shape(like)[: self.rank - 1], count))
+        return self._fold(ids, trailing=1)
+
     def _fold(self, x: Tensor, trailing: int) -> Tensor:
         kept = tuple(range(self.rank - 1, self.rank - 1 + trailing))
         sizes = ops.shape(x)

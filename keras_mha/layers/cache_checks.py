@@ -60,6 +60,15 @@ def check_cached_call(
         _check_ids(arguments["position_ids"], takes_ids)
 
 
+def check_one_axis(axes: int) -> None:
+    """Raises where a `position` has several axes, along which a cache cannot count."""
+    if axes > 1:
+        raise ValueError(
+            "`cache` counts new tokens along one axis, and cannot be had with a "
+            f"`position` over several. Received: a position of {axes} axes"
+        )
+
+
 def _check_structure(
     cache: Any, batch_size: int | None, heads: int, widths: tuple[int, int]
 ) -> None:

@@ -97,11 +97,12 @@ def check_shared_heads(kernel: Tensor, heads: int) -> None:
         )
 
 
-def check_one_axis(attended: tuple[int, ...]) -> None:
+def check_position_axes(position: Any, attended: tuple[int, ...]) -> None:
     """Raises unless a `position` can say where along the attended axes tokens stand."""
-    if len(attended) > 1:
+    if position.axes == 1 < len(attended):
         raise ValueError(
-            "`position` counts along one axis, and attention runs over several. Choose "
+            "`position` counts along one axis, and attention runs over several. Make "
+            f"it for that many, as in RotaryEmbedding(axes={len(attended)}), choose "
             "one with `attention_axes`, or leave `position` out. "
             f"Received: attention_axes={attended}"
         )

@@ -29,9 +29,14 @@ from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks, recording
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
-from keras_mha.layers.cache_checks import check_cached_call
+from keras_mha.layers.cache_checks import check_cached_call, check_one_axis
 from keras_mha.layers.clean_inputs import Inputs
 from keras_mha.layers.conversion import converted
+from keras_mha.layers.coordinates import (
+    check_can_be_counted,
+    checked_pair_of_coordinates,
+    counted_coordinates,
+)
 from keras_mha.layers.keras_hooks import check_no_hooks
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.position_bias import PositionBias
@@ -288,7 +293,7 @@ class MultiHeadAttention(keras.layers.Layer):
                 f"Received: position={position!r} (of type {type(position).__name__})"
             )
         if self._attention_axes is not None:
-            input_checks.check_one_axis(self._attention_axes)
+            input_checks.check_position_axes(position, self._attention_axes)
         if isinstance(position, RotaryEmbedding):
             position.check_width(self._key_dim)
         else:
@@ -382,7 +387,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self._axes = AttentionAxes(len(query_shape), self._attention_axes)
         input_checks.check_input_shapes(self._axes, query_shape, value_shape, key_shape)
         if self.position is not None:
-            input_checks.check_one_axis(self._axes.attended)
+            input_checks.check_position_axes(self.position, self._axes.attended)
             if not self.position.built:
                 self.position.build()
         self._widths = {
@@ -783,6 +788,8 @@ class MultiHeadAttention(keras.layers.Layer):
             return None, None
         if position_ids is not None:
             return self._given_ids(position_ids, query, value)
+        if self.position.axes > 1:
+            return counted_coordinates(self._axes, query, value)
         if segment_ids is None:
             return None, None
         is_pair = isinstance(segment_ids, tuple | list)
@@ -796,11 +803,18 @@ class MultiHeadAttention(keras.layers.Layer):
         if position_ids is None:
             return None, None
         is_pair = isinstance(position_ids, tuple | list)
-        ids = checked_position_ids(
-            position_ids, self._axes, tuple(query.shape), tuple(value.shape)
-        )
-        query_ids = self._folded_ids(ids[0], query)
-        return query_ids, self._folded_ids(ids[1], value) if is_pair else query_ids
+        ids = self._checked_ids(position_ids, self._axes, query.shape, value.shape)
+        fold = self._folded_ids
+        if self.position.axes > 1:
+            fold = self._axes.fold_coordinates
+        query_ids = fold(ids[0], query)
+        return query_ids, fold(ids[1], value) if is_pair else query_ids
+
+    def _checked_ids(self, position_ids, axes, query, value):
+        sides = position_ids, axes, tuple(query), tuple(value)
+        if self.position.axes == 1:
+            return checked_position_ids(*sides)
+        return checked_pair_of_coordinates(*sides, self.position.axes)
 
     def _folded_ids(self, ids: Tensor, x: Tensor) -> Tensor:
         """`(T,)` or the shape of `x` without its features to `(B' or 1, T)`."""
@@ -815,6 +829,10 @@ class MultiHeadAttention(keras.layers.Layer):
         if not isinstance(self.position, RotaryEmbedding):
             return query, key
         return self.position.rotate_both(query, key, query_ids, key_ids)
+
+    @property
+    def _position_axes(self) -> int:
+        return 1 if self.position is None else self.position.axes
 
     @property
     def _rotates_later(self) -> bool:
@@ -875,6 +893,7 @@ class MultiHeadAttention(keras.layers.Layer):
         >>> cache["length"]
         [11, 11]
         """
+        check_one_axis(self._position_axes)
         dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
         if "float" not in dtype:
             raise TypeError(
@@ -1013,6 +1032,7 @@ class MultiHeadAttention(keras.layers.Layer):
             _checks.boolean(name, arguments[name])
         cache, position_ids = arguments["cache"], arguments["position_ids"]
         if cache is not None:
+            check_one_axis(self._position_axes)
             rotates = isinstance(self.position, RotaryEmbedding)
             check_cached_call(
                 query,
@@ -1031,6 +1051,8 @@ class MultiHeadAttention(keras.layers.Layer):
             if cache is not None and not kv_cache.is_memory(cache):
                 keys = query.shape  # the new tokens'
             self._check_position_ids(position_ids, axes, query.shape, keys)
+        elif self._position_axes > 1:
+            check_can_be_counted(axes, query.shape, self._position_axes)
         if self._flash_attention and arguments["return_attention_scores"]:
             raise ValueError(
                 "`return_attention_scores=True` needs all scores in memory, which "
@@ -1071,7 +1093,7 @@ class MultiHeadAttention(keras.layers.Layer):
                 "`position_ids` are for a layer made with `position=...`; this one has "
                 "no use of them."
             )
-        checked_position_ids(position_ids, axes, query_shape, keys_shape)
+        self._checked_ids(position_ids, axes, query_shape, keys_shape)
 
     # ------------------------------------------------------------------ symbolic
 

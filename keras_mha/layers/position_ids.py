@@ -7,7 +7,7 @@ from keras import ops
 from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor, as_tensor, dtype_name, is_integer
 from keras_mha.layers.axes import AttentionAxes
-from keras_mha.ops.tensors import take_along_axis
+from keras_mha.ops.tensors import splits_sequences, take_along_axis
 
 
 def checked_ids(name: str, ids: Any, shape: Shape, axis: int = 1) -> Tensor:
@@ -19,19 +19,7 @@ def checked_ids(name: str, ids: Any, shape: Shape, axis: int = 1) -> Tensor:
         shape: The batch and position axes of what they are for, such as `(B, T)`.
         axis: Which of them the positions are counted along.
     """
-    if not hasattr(ids, "shape") or not hasattr(ids, "dtype"):
-        tensor = as_tensor(ids)
-        if tensor is None:
-            raise TypeError(
-                f"`{name}` must be a tensor of whole numbers. "
-                f"Received: {name}={ids!r} (of type {type(ids).__name__})"
-            )
-        ids = tensor
-    if not is_integer(ids):
-        raise TypeError(
-            f"`{name}` must hold whole numbers. "
-            f"Received: {name} of dtype {dtype_name(ids)}"
-        )
+    ids = whole_numbers(name, ids)
     received = tuple(ids.shape)
     if len(received) == 1:
         fits = _checks.same(received[0], shape[axis])
@@ -48,6 +36,46 @@ def checked_ids(name: str, ids: Any, shape: Shape, axis: int = 1) -> Tensor:
     return ids
 
 
+def whole_numbers(name: str, ids: Any) -> Tensor:
+    """Returns whole numbers as a tensor, or raises."""
+    if not hasattr(ids, "shape") or not hasattr(ids, "dtype"):
+        tensor = as_tensor(ids)
+        if tensor is None:
+            raise TypeError(
+                f"`{name}` must be a tensor of whole numbers. "
+                f"Received: {name}={ids!r} (of type {type(ids).__name__})"
+            )
+        ids = tensor
+    if not is_integer(ids):
+        raise TypeError(
+            f"`{name}` must hold whole numbers. "
+            f"Received: {name} of dtype {dtype_name(ids)}"
+        )
+    return ids
+
+
+def pair_of_ids(position_ids: Any) -> tuple[Any, Any]:
+    """Returns what a call was given for the query's side and the key's, or raises."""
+    if isinstance(position_ids, tuple | list):
+        if len(position_ids) != 2:
+            raise ValueError(
+                "`position_ids` must be one tensor or a pair (query's, key's). "
+                f"Received: {len(position_ids)} tensors"
+            )
+        return tuple(position_ids)
+    return position_ids, position_ids
+
+
+def check_countable() -> None:
+    """Raises where positions cannot be counted from 0."""
+    if splits_sequences():
+        raise ValueError(
+            "`position_ids` must be given within torch's context_parallel, as one of "
+            "its buffers: a process has a part of the sequences and cannot count from "
+            "0. Received: position_ids=None"
+        )
+
+
 def checked_position_ids(
     position_ids: Any, axes: AttentionAxes, query: Shape, value: Shape
 ) -> tuple[Tensor, Tensor]:
@@ -59,15 +87,7 @@ def checked_position_ids(
         query: The query's shape.
         value: The value's shape, at least its batch and position axes.
     """
-    if isinstance(position_ids, tuple | list):
-        if len(position_ids) != 2:
-            raise ValueError(
-                "`position_ids` must be one tensor or a pair (query's, key's). "
-                f"Received: {len(position_ids)} tensors"
-            )
-        query_ids, key_ids = position_ids
-    else:
-        query_ids = key_ids = position_ids
+    query_ids, key_ids = pair_of_ids(position_ids)
     rank, axis = axes.rank - 1, axes.attended[0]
     return (
         checked_ids("position_ids", query_ids, tuple(query[:rank]), axis),

@@ -17,10 +17,17 @@ from keras_mha._keras import (
     larger,
     told_as_it_is,
 )
-from keras_mha.layers.position_ids import checked_ids
-from keras_mha.layers.rotary_scaling import checked_scaling, frequencies, slow_down
+from keras_mha.layers.coordinates import checked_coordinates
+from keras_mha.layers.position_ids import check_countable, checked_ids
+from keras_mha.layers.rotary_axes import (
+    axial_frequencies,
+    axial_slow_down,
+    checked_axes,
+    sections_of,
+)
+from keras_mha.layers.rotary_scaling import checked_scaling
 from keras_mha.layers.sharing import Shareable
-from keras_mha.ops.tensors import known_numbers, splits_sequences
+from keras_mha.ops.tensors import known_numbers
 
 
 @keras.saving.register_keras_serializable(package="keras_mha")
@@ -38,6 +45,12 @@ class RotaryEmbedding(Shareable):
     length, angles beyond the trained length are as exact as the product of position and
     frequency is in float32, to 3e-2 at position 1,000,000.)
 
+    With several `axes` (2 for images, 3 for video) a token has a position along each,
+    and each pair of features turns by one of them (axial rotary embedding): the first
+    pairs by that along the first axis. Attention over as many axes (`attention_axes`)
+    counts along them; tokens in one row, such as flattened patches, take
+    `position_ids`.
+
     Args:
         rotary_dim: How many features rotate, an even number, counted from the first;
             the others pass through. Defaults to all.
@@ -47,21 +60,31 @@ class RotaryEmbedding(Shareable):
         scaling: For texts longer than those of the training, a dictionary as Hugging
             Face's configurations have it (`rope_scaling`): with the key `"rope_type"`,
             one of `"linear"`, `"dynamic"` (NTK), `"yarn"` and `"llama3"`, and the keys
-            that belong to it. Defaults to `None`.
+            that belong to it. Defaults to `None`. `"dynamic"` takes for the length
+            the furthest position along any axis.
+        axes: Number of axes that positions have. Defaults to 1.
+        sections: How many pairs of features turn by the position along each axis; they
+            add up to `rotary_dim / 2`. Defaults to an equal share for each axis.
+        shared_frequencies: `False` gives each axis a sequence of frequencies of its
+            own, with its share of the pairs for `rotary_dim` in the formula (the axial
+            form of vision transformers). `True` numbers the pairs through all axes, so
+            that they divide one sequence among them, as Qwen2-VL's M-RoPE does, with
+            its `mrope_section` for `sections`.
         **kwargs: `name` and `dtype`, as for any Keras layer.
 
     Call arguments:
         inputs: Heads of queries or keys, floating point, shape `(B, T, N, H)`.
         position_ids: Whole numbers of shape `(T,)` or `(B, T)`. Defaults to
-            `0 ... T - 1`.
+            `0 ... T - 1`. With several axes `(T, axes)` or `(B, T, axes)`, and
+            without default.
 
     Returns:
         A tensor of the shape of `inputs`, in the layer's compute dtype.
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If `rotary_dim` is odd or more than there are features, or `scaling`
-            lacks a key.
+        ValueError: If `rotary_dim` is odd or more than there are features, `scaling`
+            lacks a key, or the pairs of features cannot be shared among the axes so.
 
     Example:
 
@@ -70,12 +93,23 @@ class RotaryEmbedding(Shareable):
     >>> rotary(keras.random.normal((2, 10, 8, 64))).shape
     (2, 10, 8, 64)
 
+    Attention over the rows and columns of images, in patches:
+
+    >>> rotary = keras_mha.RotaryEmbedding(axes=2)
+    >>> layer = keras_mha.MultiHeadAttention(8, key_dim=64, position=rotary)
+    >>> layer(keras.random.normal((2, 14, 14, 512))).shape
+    (2, 14, 14, 512)
+
     References:
         Su et al., 2021, RoFormer: https://arxiv.org/abs/2104.09864
         Chen et al., 2023, "linear": https://arxiv.org/abs/2306.15595
         Peng et al., 2023, "dynamic" (its section 3.3) and "yarn":
             https://arxiv.org/abs/2309.00071
         Llama Team, 2024, "llama3": https://arxiv.org/abs/2407.21783
+        Heo et al., 2024, Rotary position embedding for vision transformer (axial):
+            https://arxiv.org/abs/2403.13298
+        Wang et al., 2024, Qwen2-VL (`sections`, `shared_frequencies`):
+            https://arxiv.org/abs/2409.12191
     """
 
     def __init__(
@@ -84,6 +118,9 @@ class RotaryEmbedding(Shareable):
         interleaved: bool = False,
         max_wavelength: float = 10_000.0,
         scaling: dict[str, Any] | None = None,
+        axes: int | None = None,
+        sections: tuple[int, ...] | None = None,
+        shared_frequencies: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -100,6 +137,12 @@ class RotaryEmbedding(Shareable):
                 f"Received: max_wavelength={max_wavelength}"
             )
         self._scaling = checked_scaling(scaling)
+        self.axes, self.sections = checked_axes(axes, sections)
+        self.shared_frequencies = _checks.boolean(
+            "shared_frequencies", shared_frequencies
+        )
+        if self.rotary_dim is not None:
+            self._sections(self.rotary_dim)
         self._known_frequencies = (None,)
         self.built = True  # it has no weights
 
@@ -122,22 +165,23 @@ class RotaryEmbedding(Shareable):
                 "`rotary_dim` must be at most the width of a head (key_dim). "
                 f"Received: rotary_dim={self.rotary_dim}, width {width}"
             )
+        self._sections(self.rotary_dim or width)
+
+    def _sections(self, width: int) -> tuple[int, ...]:
+        return sections_of(width, self.axes, self.sections)
 
     @told_as_it_is
     def call(self, inputs: Tensor, position_ids: Tensor | None = None) -> Tensor:
         self._check_inputs(inputs)
-        if position_ids is not None:
-            shape = tuple(inputs.shape[:2])
-            position_ids = checked_ids("position_ids", position_ids, shape)
-            if len(position_ids.shape) == 1:
-                position_ids = position_ids[None]
-        return self.rotate(inputs, position_ids)
+        return self.rotate(inputs, self._checked_ids(inputs, position_ids))
 
     @told_as_it_is
     def compute_output_spec(
         self, inputs: Tensor, position_ids: Tensor | None = None
     ) -> keras.KerasTensor:
         self._check_inputs(inputs)
+        if self.axes > 1:
+            self._checked_ids(inputs, position_ids)
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def _check_inputs(self, inputs: Tensor) -> None:
@@ -154,12 +198,30 @@ class RotaryEmbedding(Shareable):
             )
         self.check_width(shape[-1])
 
+    def _checked_ids(self, inputs, position_ids):
+        """Position ids with a batch axis, or `None` for those that are counted."""
+        if position_ids is None and self.axes == 1:
+            return None
+        shape, name = tuple(inputs.shape[:2]), "position_ids"
+        if self.axes == 1:
+            ids = checked_ids(name, position_ids, shape)
+            return ids[None] if len(ids.shape) == 1 else ids
+        if position_ids is None:
+            raise ValueError(
+                f"`position_ids` must be given, with the shape {(shape[1], self.axes)} "
+                f"or {(*shape, self.axes)}, since there are {self.axes} axes and no "
+                "telling where along them the inputs stand. Received: position_ids=None"
+            )
+        ids = checked_coordinates(name, position_ids, shape, (1,), self.axes)
+        return ids[None] if len(ids.shape) == 2 else ids
+
     def rotate(self, heads: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Rotates heads `(B, T, N, H)`, which keep their dtype.
 
         Args:
             heads: Of queries or keys.
-            position_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`.
+            position_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`. With
+                several axes `(B, T, axes)` or `(1, T, axes)`, never `None`.
         """
         length = self._length((heads, position_ids))
         return self._rotated(heads, *self._cos_and_sin(heads, position_ids, length))
@@ -177,7 +239,8 @@ class RotaryEmbedding(Shareable):
             query: Shape `(B, T, N, H)`.
             key: Shape `(B, S, K, H)`.
             query_ids: Shape `(B, T)` or `(1, T)`; `None` for `0 ... T - 1`.
-            key_ids: Shape `(B, S)` or `(1, S)`; `None` for `0 ... S - 1`.
+            key_ids: Shape `(B, S)` or `(1, S)`; `None` for `0 ... S - 1`. With several
+                axes both have a last axis of that many, and are never `None`.
         """
         lengths = query.shape[1], key.shape[1]
         alike = query_ids is key_ids and lengths[0] == lengths[1] is not None
@@ -208,7 +271,7 @@ class RotaryEmbedding(Shareable):
             ids = _counted(heads) if ids is None else ids
             if any(isinstance(n, int) and n == 0 for n in ids.shape):
                 continue  # there is no last one
-            last = ops.max(ids, axis=1) + 1
+            last = ops.max(ids, axis=tuple(range(1, len(ids.shape)))) + 1
             length = last if length is None else larger(length, last)
         if length is None:
             return None
@@ -235,8 +298,9 @@ class RotaryEmbedding(Shareable):
 
     def _cos_and_sin(self, heads, position_ids, length):
         """Cosine and sine of the angles, float32, shape `(B or 1, T, 1, width / 2)`."""
-        ids = _counted(heads) if position_ids is None else position_ids
         width = self.rotary_dim or int(heads.shape[-1])  # a tensor in TorchScript
+        ids = _counted(heads) if position_ids is None else position_ids
+        ids = self._of_pairs(ids, width)
         radians, factor = self._frequencies(width)
         if length is None:
             angles = _angles(ids, radians)
@@ -248,30 +312,47 @@ class RotaryEmbedding(Shareable):
         angles = angles[:, :, None, :]
         return ops.cos(angles) * factor, ops.sin(angles) * factor
 
+    def _of_pairs(self, position_ids, width):
+        """Where a token stands for each pair, `(B or 1, T, 1 or pairs)`."""
+        if self.axes == 1:
+            return position_ids[..., None]
+        sections = enumerate(self._sections(width))
+        axis = [axis for axis, pairs in sections for _ in range(pairs)]
+        axis = ops.convert_to_tensor(axis, dtype="int32")
+        return ops.take(position_ids, axis, axis=-1)
+
     def _frequencies(self, width):
         if self._known_frequencies[0] != width:
-            radians, factor = frequencies(width, self.max_wavelength, self._scaling)
+            radians, factor = axial_frequencies(
+                self._sections(width),
+                self.shared_frequencies,
+                self.max_wavelength,
+                self._scaling,
+            )
             self._known_frequencies = width, tuple(radians), factor
         return self._known_frequencies[1:]
 
     def _slowed(self, radians, width, length):
         """Returns the frequencies for a text of this length, a number."""
         stretch = self._stretch(max(length, self._trained_length))
-        exponents = slow_down(width)
+        exponents = self._exponents(width)
         return [x * stretch**-y for x, y in zip(radians, exponents, strict=True)]
 
     def _angles_of_lengths(self, position_ids, radians, width, length):
         """Returns the angles in texts whose lengths `(B or 1,)` are known later."""
         length = ops.cast(length, "float32")
-        exponents = ops.convert_to_tensor(slow_down(width), dtype="float32")
+        exponents = ops.convert_to_tensor(self._exponents(width), dtype="float32")
         stretch = self._stretch(ops.maximum(length, self._trained_length))
         slower = ops.exp(-exponents * ops.log(stretch)[:, None])[:, None]
         slower = slower * ops.convert_to_tensor(radians, dtype="float32")
         return ops.where(
             (length <= self._trained_length)[:, None, None],
             _angles(position_ids, radians),
-            ops.cast(position_ids, "float32")[..., None] * slower,
+            ops.cast(position_ids, "float32") * slower,
         )
+
+    def _exponents(self, width):
+        return axial_slow_down(self._sections(width), self.shared_frequencies)
 
     def _stretch(self, length):
         factor = self._scaling["factor"]
@@ -287,22 +368,25 @@ class RotaryEmbedding(Shareable):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, for `from_config`."""
-        return {
+        config = {
             **super().get_config(),
             "rotary_dim": self.rotary_dim,
             "interleaved": self.interleaved,
             "max_wavelength": self.max_wavelength,
             "scaling": self.scaling,
         }
+        if self.axes == 1:
+            return config  # as it was before there were axes
+        return {
+            **config,
+            "axes": self.axes,
+            "sections": self.sections,
+            "shared_frequencies": self.shared_frequencies,
+        }
 
 
 def _counted(heads: Tensor) -> Tensor:
-    if splits_sequences():
-        raise ValueError(
-            "`position_ids` must be given within torch's context_parallel, as one of "
-            "its buffers: a process has a part of the sequences and cannot count from "
-            "0. Received: position_ids=None"
-        )
+    check_countable()
     # With a start, which jax2onnx does not do without.
     return ops.arange(0, ops.shape(heads)[1], dtype="int32")[None]
 
@@ -315,13 +399,13 @@ def _angles(position_ids: Tensor, radians: Sequence) -> Tensor:
     frequency's whole units is exact, and what is left of the frequency is small.
 
     Args:
-        position_ids: Whole numbers of shape `(B or 1, T)`.
+        position_ids: Whole numbers of shape `(B or 1, T, 1 or pairs)`.
         radians: Frequencies as lists of floats, shape `(pairs,)` or `(rows, 1, pairs)`.
     """
     whole, rest = _whole_and_rest(radians)
     whole = ops.convert_to_tensor(whole, dtype="int32")
     rest = ops.convert_to_tensor(rest, dtype="float32")
-    position_ids = ops.cast(position_ids, "int32")[..., None]
+    position_ids = ops.cast(position_ids, "int32")
     units = ops.cast(position_ids * whole, "float32")
     units = units + ops.cast(position_ids, "float32") * rest
     return units * (2 * math.pi / 2**32)

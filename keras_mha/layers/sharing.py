@@ -36,6 +36,9 @@ _copies = _Copies()
 class Shareable(keras.layers.Layer):
     """Base of the layers that several others may hold."""
 
+    axes = 1
+    """Along how many axes tokens stand."""
+
     _shared_as = None  # once it is shared; all its copies have the same
     _places = 0
     _has_place_of_its_own = False
