@@ -78,12 +78,82 @@ class Positions:
             if positions is None:
                 continue
             shape = tuple(positions.shape)
-            fits = len(shape) == 2 and _checks.broadcasts_to(shape, (batch, length))
-            if not fits:
+            if not self._fits(shape, (batch, length)):
                 raise ValueError(
                     f"The positions of the {name} must have the shape "
-                    f"{(batch, length)}. Received: shape {shape}"
+                    f"{(batch, length, *self._coordinates)}. Received: shape {shape}"
                 )
+
+    _coordinates = ()  # the sizes of what each token has
+
+    def _fits(self, shape: Shape, expected: Shape) -> bool:
+        return (
+            len(shape) == 2 + len(self._coordinates)
+            and shape[2:] == self._coordinates
+            and _checks.broadcasts_to(shape[:2], expected)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates(Positions):
+    """Where the queries and the keys of a call stand along several axes.
+
+    Args:
+        query: Whole numbers of shape `(B, T, axes)` or `(1, T, axes)`.
+        key: Whole numbers of shape `(B, S, axes)` or `(1, S, axes)`.
+        axes: How many axes there are.
+    """
+
+    axes: int = 2
+
+    are_counted = False
+
+    @property
+    def _coordinates(self):
+        return (self.axes,)
+
+    def along_axes(self, tile: Tile) -> list[Tensor]:
+        """Key minus query, int32, `(B or 1, 1, rows, columns)`, for each axis."""
+        return [
+            Positions(self.query[..., axis], self.key[..., axis]).distances(tile)
+            for axis in range(self.axes)
+        ]
+
+
+class Manhattan(Coordinates):
+    """Whose distance is the sum of the distances along the axes."""
+
+    def distances(self, tile):
+        return sum(ops.abs(along) for along in self.along_axes(tile))
+
+
+class Euclidean(Coordinates):
+    """Whose distance is that of a straight line, float32."""
+
+    def distances(self, tile):
+        along = (ops.cast(each, "float32") for each in self.along_axes(tile))
+        return ops.sqrt(sum(each * each for each in along))
+
+
+@dataclass(frozen=True, eq=False)
+class InWindow(Coordinates):
+    """Whose distances in a window are numbered, as the rows of Swin's tables are.
+
+    The number of a distance, query minus key along each axis, is 0 for none at all;
+    those on either side are numbered in row-major order.
+
+    Args:
+        window: The window's size along each axis. What is farther away than it reaches
+            counts as its farthest.
+    """
+
+    window: tuple[int, ...] = ()
+
+    def distances(self, tile):
+        number = 0
+        for along, size in zip(self.along_axes(tile), self.window, strict=True):
+            number = number * (2 * size - 1) + ops.clip(-along, 1 - size, size - 1)
+        return number
 
 
 class DistanceBias(Bias):

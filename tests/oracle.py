@@ -466,6 +466,70 @@ def alibi_bias(slopes: Array, query_positions: Array, key_positions: Array) -> A
     return -_float64(slopes)[:, None, None] * distance[..., None, :, :]
 
 
+def grid_alibi_bias(
+    slopes: Array,
+    query_coordinates: Array,
+    key_coordinates: Array,
+    distance: str = "manhattan",
+) -> Array:
+    """-slope_n times the distance of two points with coordinates on several axes.
+
+    "manhattan" (the decay of Fan et al., 2023): the sum of the distances along the
+    axes; "euclidean" (Fuller et al., 2023): the root of the sum of their squares.
+    Coordinates are (T, n) or (B, T, n). Returns (N, T, S) or (B, N, T, S).
+    """
+    along = (
+        _float64(key_coordinates)[..., None, :, :]
+        - _float64(query_coordinates)[..., :, None, :]
+    )
+    if distance == "manhattan":
+        total = np.abs(along).sum(axis=-1)
+    else:
+        assert distance == "euclidean", distance
+        total = np.sqrt((along**2).sum(axis=-1))
+    return -_float64(slopes)[:, None, None] * total[..., None, :, :]
+
+
+def window_rows(
+    query_coordinates: Array, key_coordinates: Array, window: tuple[int, ...]
+) -> Array:
+    """The row of Swin's table (Liu et al., 2021) of every query and key.
+
+    For two points of a window (h, w), at (y, x) the query and (y', x') the key, it is
+
+        (y - y' + h - 1) (2 w - 1) + (x - x' + w - 1)
+
+    and so on for more axes. What is farther away than h - 1 or w - 1 along an axis
+    counts as that far. Coordinates are (T, n) or (B, T, n); the rows (T, S), (B, T, S).
+    """
+    query, key = np.asarray(query_coordinates), np.asarray(key_coordinates)
+    if query.ndim == 3 or key.ndim == 3:
+        batch = max(x.shape[0] for x in (query, key) if x.ndim == 3)
+        sides = (np.broadcast_to(x, (batch, *x.shape[-2:])) for x in (query, key))
+        return np.stack(
+            [window_rows(*pair, window) for pair in zip(*sides, strict=True)]
+        )
+    rows = np.zeros((len(query), len(key)), dtype=int)
+    for i in range(len(query)):
+        for j in range(len(key)):
+            for axis, size in enumerate(window):
+                along = int(query[i, axis]) - int(key[j, axis])
+                along = min(max(along, 1 - size), size - 1)
+                rows[i, j] = rows[i, j] * (2 * size - 1) + along + size - 1
+    return rows
+
+
+def window_bias(
+    table: Array,
+    query_coordinates: Array,
+    key_coordinates: Array,
+    window: tuple[int, ...],
+) -> Array:
+    """table[row_ij, n]: (N, T, S), or (B, N, T, S) if either has a batch axis."""
+    rows = window_rows(query_coordinates, key_coordinates, window)
+    return np.moveaxis(_float64(table)[rows], -1, -3)
+
+
 def relative_position_bucket(
     distance: int,
     num_buckets: int = 32,
@@ -600,7 +664,7 @@ def multi_head_attention(
     `relative_position_bucket`. The biases of the last two are added to
     `attention_bias`. `position_ids` are those of `all_positions`. With an option
     "axes" above 1 they have a last axis of that many coordinates, and the options are
-    those of `axial_rotary`.
+    those of `axial_rotary`, `grid_alibi_bias` or `window_bias`.
 
     Returns the output (B, T, *E) and the scores (B, N, T, S).
     """
@@ -619,7 +683,7 @@ def multi_head_attention(
 
     position = dict(config.get("position") or {"kind": None})
     bias, position_kind = attention_bias, position.pop("kind")
-    axes = position.pop("axes", 1)
+    axes = position.pop("axes", len(position.get("window", (0,))))
     query_positions, key_positions = all_positions(
         query.shape[:2], key.shape[:2], position_ids, segment_ids, axes
     )
@@ -637,7 +701,12 @@ def multi_head_attention(
     elif position_kind is not None:
         if position_kind == "alibi":
             slopes = alibi_slopes(query_heads.shape[2])
-            added = alibi_bias(slopes, query_positions, key_positions)
+            made = alibi_bias if axes == 1 else grid_alibi_bias
+            added = made(slopes, query_positions, key_positions, **position)
+        elif "window" in position:
+            added = window_bias(
+                weights["position_table"], query_positions, key_positions, **position
+            )
         else:
             assert position_kind == "relative", position_kind
             position["table"] = weights["position_table"]

@@ -243,6 +243,23 @@ def test_a_file_takes_any_batch(file_format, kind, tmp_path):
     assert_runs_alike(model, run, (1,), (3,))
 
 
+POSITIONS_OF_IMAGES = {
+    "rotary": lambda: keras_mha.RotaryEmbedding(rotary_dim=4, axes=2),
+    "ALiBi": lambda: keras_mha.ALiBi(axes=2),
+    "window": lambda: keras_mha.RelativePositionBias(window=(4, 3)),
+}
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("position", POSITIONS_OF_IMAGES)
+def test_positions_over_several_axes_are_exported(file_format, position, tmp_path):
+    x = keras.Input((3, 2, 8), name="x")
+    layer = OURS(4, key_dim=4, position=POSITIONS_OF_IMAGES[position]())
+    model = with_random_weights(keras.Model(x, layer(x)))
+    run = exported(model, file_format, tmp_path)
+    assert_runs_alike(model, run, (1,), (3,))
+
+
 # TensorFlow's tiles of a length not known yet are slow to convert, and are looked at
 # below; jax2onnx 0.17 counts positions (`jax.numpy.arange`) only up to a known one.
 # PyTorch's models are traced on a length of 1, of which nothing may be kept.

@@ -416,6 +416,57 @@ def test_quick_pairs_are_kept_and_slow_ones_divided(name):
     assert ((ratio > 0.2) & (ratio < 0.9)).any()
 
 
+def test_axial_rotary_by_hand():
+    # Pairs (0, 4), (1, 5) by the first axis, at 1 and 100^-1/2; (2, 6), (3, 7) by the
+    # second, anew.
+    x, ids = np.eye(8)[:4][None, :, None], np.array([[0.5, 2.0]] * 4)
+    turned = oracle.axial_rotary(x, ids, max_wavelength=100.0)[0, :, 0]
+    for i, angle in enumerate([0.5, 0.05, 2.0, 0.2]):
+        np.testing.assert_allclose(
+            turned[i, [i, i + 4]], [np.cos(angle), np.sin(angle)]
+        )
+
+
+def test_axial_rotary_of_shared_frequencies_by_hand():
+    # Three pairs and one, at 1, 10^-1/2, 10^-1 and 10^-3/2 of their axes' coordinates.
+    x, ids = np.eye(8)[::2][None, :, None], np.array([[3.0, 40.0]] * 4)
+    turned = oracle.axial_rotary(
+        x,
+        ids,
+        sections=(3, 1),
+        shared_frequencies=True,
+        interleaved=True,
+        max_wavelength=100.0,
+    )[0, :, 0]
+    for i, angle in enumerate([3.0, 3 / 10**0.5, 0.3, 40 / 10**1.5]):
+        pair = turned[i, [2 * i, 2 * i + 1]]
+        np.testing.assert_allclose(pair, [np.cos(angle), np.sin(angle)])
+
+
+def test_grid_alibi_by_hand():
+    ids = np.array([[0, 0], [3, 4]])
+    for distance, expected in [("manhattan", 7), ("euclidean", 5)]:
+        bias = oracle.grid_alibi_bias([0.5, 2.0], ids, ids, distance)
+        far = np.array([[0, expected], [expected, 0]])
+        np.testing.assert_allclose(bias, [-0.5 * far, -2.0 * far])
+
+
+def test_window_rows_of_the_paper():
+    # Swin's for a window of 2 by 2, whose table has 3 by 3 rows.
+    ids = oracle.grid(2, 2)
+    expected = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    np.testing.assert_array_equal(oracle.window_rows(ids, ids, (2, 2)), expected)
+    table = np.arange(9.0)[:, None] * [1, 10]
+    bias = oracle.window_bias(table, ids, ids, (2, 2))
+    np.testing.assert_array_equal(bias, [expected, 10 * np.array(expected)])
+
+
+def test_grid_is_in_row_major_order():
+    np.testing.assert_array_equal(
+        oracle.grid(2, 3), [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    )
+
+
 def test_alibi_slopes_of_a_power_of_two():
     np.testing.assert_allclose(
         oracle.alibi_slopes(8), 1 / np.array([2, 4, 8, 16, 32, 64, 128, 256])

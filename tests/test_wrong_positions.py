@@ -191,6 +191,10 @@ def two_axes():
     return RotaryEmbedding(axes=2)
 
 
+def in_window(*sizes, **arguments):
+    return lambda: RelativePositionBias(window=sizes, **arguments)
+
+
 IMAGES = floats(2, 3, 4, 16)
 
 SEVERAL_AXES = [
@@ -295,6 +299,77 @@ SEVERAL_AXES = [
         call(IMAGES, position=two_axes, position_ids=floats(3, 4, 2)),
         TypeError,
         "position_ids.*whole.*float32",
+    ),
+    ("ALiBi of no axes", lambda: ALiBi(4, axes=0), ValueError, "axes.*at least 1"),
+    (
+        "ALiBi of another distance",
+        lambda: ALiBi(4, axes=2, distance="cosine"),
+        ValueError,
+        "distance.*'manhattan', 'euclidean'.*'cosine'",
+    ),
+    (
+        "ALiBi without coordinates",
+        lambda: ALiBi(4, axes=2).bias(),
+        ValueError,
+        r"Positions.*ALiBi of 2 axes.*\(B, T, 2\)",
+    ),
+    (
+        "ALiBi alone on ids of one axis",
+        lambda: ALiBi(4, axes=2)(integers(5)),
+        ValueError,
+        r"position_ids.*\(None, 2\) or \(None, None, 2\).*\(5,\)",
+    ),
+    (
+        "a bias object's coordinates without batch",
+        lambda: keras_mha.dot_product_attention(
+            *[floats(2, 5, 4, 8)] * 3,
+            position_bias=ALiBi(4, axes=2).bias(integers(5, 2), integers(1, 5, 2)),
+        ),
+        ValueError,
+        r"positions of the query.*\(2, 5, 2\).*\(5, 2\)",
+    ),
+    (
+        "a bias object's coordinates of other axes",
+        lambda: keras_mha.dot_product_attention(
+            *[floats(2, 5, 4, 8)] * 3,
+            position_bias=ALiBi(4, axes=2).bias(*[integers(2, 5, 3)] * 2),
+        ),
+        ValueError,
+        r"positions of the query.*\(2, 5, 2\).*\(2, 5, 3\)",
+    ),
+    ("window 7", lambda: RelativePositionBias(window=7), TypeError, "window.*7, 7.*=7"),
+    ("window of one axis", in_window(7), ValueError, r"window.*two axes.*\(7,\)"),
+    ("window of floats", in_window(7.0, 7), TypeError, "window.*integer.*7.0"),
+    ("window of nothing", in_window(0, 7), ValueError, "window.*at least 1.*0"),
+    (
+        "window with buckets",
+        in_window(7, 7, num_buckets=16),
+        ValueError,
+        r"window.*buckets.*by default.*\(7, 7\).*'num_buckets': 16",
+    ),
+    (
+        "an image beyond the window",
+        call(IMAGES, position=in_window(3, 3)),
+        ValueError,
+        r"query.*at most.*window.*\(3, 3\).*\(2, 3, 4, 16\), \(3, 4\)",
+    ),
+    (
+        "keys beyond the window",
+        call(floats(2, 3, 3, 16), IMAGES, position=in_window(3, 3)),
+        ValueError,
+        r"value.*at most.*window.*\(3, 3\).*\(2, 3, 4",
+    ),
+    (
+        "a row that is not the window",
+        call(floats(2, 10, 16), position=in_window(3, 3)),
+        ValueError,
+        r"position_ids.*given.*\(10, 2\).*\(2, 10, 16\)",
+    ),
+    (
+        "a window over three axes",
+        call(IMAGES, position=in_window(3, 4, 2)),
+        ValueError,
+        r"position_ids.*given.*3 axes.*over 2",
     ),
     (
         "a cache",

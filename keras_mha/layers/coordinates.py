@@ -69,16 +69,29 @@ def checked_pair_of_coordinates(
     )
 
 
-def check_can_be_counted(axes: AttentionAxes, query: Shape, count: int) -> None:
+def check_can_be_counted(
+    axes: AttentionAxes,
+    query: Shape,
+    value: Shape,
+    count: int,
+    window: tuple[int, ...] | None = None,
+) -> None:
     """Raises unless tokens can be counted along as many axes as they have coordinates.
 
     Args:
         axes: Of the inputs.
         query: The query's shape.
+        value: The value's shape, at least its batch and position axes.
         count: How many coordinates a token has.
+        window: The sizes of the grid that they must not leave, if there is one.
     """
     if len(axes.attended) == count:
+        if window is not None:
+            _check_within(window, axes, {"query": query, "value": value})
         return
+    lengths = [x[axes.attended[0]] for x in (query, value)]
+    if window is not None and lengths == [math.prod(window)] * 2:
+        return  # the whole of it, row by row
     sizes = (query[axis] for axis in sorted(axes.attended))
     raise ValueError(
         f"`position_ids` must be given, such as of shape {(*sizes, count)}: `position` "
@@ -92,8 +105,28 @@ def _same(received: Shape, expected: Shape) -> bool:
     return len(received) == len(expected) and all(map(_checks.same, received, expected))
 
 
+def _check_within(
+    window: tuple[int, ...], axes: AttentionAxes, shapes: dict[str, Shape]
+) -> None:
+    for name, shape in shapes.items():
+        sizes = tuple(shape[axis] for axis in axes.attended)
+        if any(
+            size is not None and size > most
+            for size, most in zip(sizes, window, strict=True)
+        ):
+            raise ValueError(
+                f"`{name}` must have at most the sizes of the `window` of `position`, "
+                f"{window}, along the attended axes {axes.attended}, unless "
+                f"`position_ids` say otherwise. Received: {name} of shape "
+                f"{tuple(shape)}, {sizes} along them"
+            )
+
+
 def counted_coordinates(
-    axes: AttentionAxes, query: Tensor, value: Tensor
+    axes: AttentionAxes,
+    query: Tensor,
+    value: Tensor,
+    window: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns where queries and keys stand in grids that begin at 0, `(1, T, axes)`.
 
@@ -101,8 +134,12 @@ def counted_coordinates(
         axes: Of the inputs, the attended ones being those of the grids.
         query: The query.
         value: The value.
+        window: The grid that lies, row by row, on the attended axis if it is but one.
     """
     check_countable()
+    if len(axes.attended) == 1:
+        ids = grid_coordinates(window)
+        return ids, ids
     known = [tuple(x.shape[axis] for axis in axes.attended) for x in (query, value)]
     sizes = [[ops.shape(x)[axis] for axis in axes.attended] for x in (query, value)]
     query_ids = grid_coordinates(sizes[0])

@@ -789,7 +789,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if position_ids is not None:
             return self._given_ids(position_ids, query, value)
         if self.position.axes > 1:
-            return counted_coordinates(self._axes, query, value)
+            return counted_coordinates(self._axes, query, value, self.position.window)
         if segment_ids is None:
             return None, None
         is_pair = isinstance(segment_ids, tuple | list)
@@ -1052,7 +1052,9 @@ class MultiHeadAttention(keras.layers.Layer):
                 keys = query.shape  # the new tokens'
             self._check_position_ids(position_ids, axes, query.shape, keys)
         elif self._position_axes > 1:
-            check_can_be_counted(axes, query.shape, self._position_axes)
+            check_can_be_counted(
+                axes, query.shape, keys, self._position_axes, self.position.window
+            )
         if self._flash_attention and arguments["return_attention_scores"]:
             raise ValueError(
                 "`return_attention_scores=True` needs all scores in memory, which "

@@ -39,6 +39,9 @@ class Shareable(keras.layers.Layer):
     axes = 1
     """Along how many axes tokens stand."""
 
+    window: tuple[int, ...] | None = None
+    """The sizes of the grid that tokens stand in, if it has any."""
+
     _shared_as = None  # once it is shared; all its copies have the same
     _places = 0
     _has_place_of_its_own = False

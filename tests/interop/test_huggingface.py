@@ -408,6 +408,18 @@ def vision(family, prefix, config_name=None, dropout="attention_dropout", **more
     return Case(module, lambda x: module(x)[0], BERT)
 
 
+def swin():
+    """Of a window that is no square, which would hide what the axes are."""
+    package = modeling("swin")
+    config = config_of("swin", "SwinConfig", attention_probs_dropout_prob=0.2)
+    module = package.SwinAttention(config, WIDTH, 4, window_size=2)
+    module.relative_position_bias = package.SwinRelativePositionBias(4, (3, 4))
+    random(module)
+    options = {**BERT, "window": (3, 4)}
+    del options["position"]  # it has one
+    return Case(module, lambda x: module(x)[0], options)
+
+
 def t5(family="t5", prefix="T5", table=True, memory=False, **configuration):
     configuration = {
         "d_model": WIDTH,
@@ -525,6 +537,7 @@ CASES = {
     ),
     "clip": lambda: vision("clip", "CLIP"),
     "siglip": lambda: vision("siglip", "Siglip"),
+    "swin": swin,
 }
 
 

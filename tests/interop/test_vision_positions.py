@@ -99,3 +99,25 @@ def test_text_and_images_of_qwen2_vl():
         to_tensor(x), position_ids=to_tensor(ids, "int32"), use_causal_mask=True
     )
     assert_close(found, expected)
+
+
+def test_shifted_windows_of_swin():
+    """The layer made of the module, with the mask of a block whose windows shift."""
+    package = modeling("swin")
+    config = config_of("swin", "SwinConfig", window_size=3)
+    block = random(package.SwinLayer(config, WIDTH, (6, 6), HEADS, shift_size=1))
+    x = draw(2 * 4, 9, WIDTH)  # four windows of 3x3 in each of two images
+    mask = block.get_attn_mask(6, 6, torch.float32, torch.device("cpu"))
+    expected = block.attention(torch.tensor(x), attention_mask=mask)[0]
+
+    layer = keras_mha.interop.from_huggingface(block.attention)
+    allowed = np.tile(mask.numpy() == 0, (2, 1, 1))
+    assert_close(layer(to_tensor(x), attention_mask=to_tensor(allowed)), expected)
+    grid = keras_mha.MultiHeadAttention.from_config(layer.get_config())
+    grid.build((8, 3, 3, WIDTH))
+    grid.set_weights(layer.get_weights())
+    found = grid(
+        to_tensor(x.reshape(8, 3, 3, WIDTH)),
+        attention_mask=to_tensor(allowed.reshape(8, 3, 3, 3, 3)),
+    )
+    assert_close(found, expected.reshape(8, 3, 3, WIDTH))

@@ -57,8 +57,13 @@ POSITIONS: dict[str, list[dict[str, Any]]] = {
     "rotary, dynamic": [
         {"kind": "rotary", "axes": n, "scaling": DYNAMIC} for n in (2, 3)
     ],
+    "alibi": [{"kind": "alibi", "axes": n} for n in (2, 3)],
+    "alibi, euclidean": [
+        {"kind": "alibi", "axes": n, "distance": "euclidean"} for n in (2, 3)
+    ],
+    "window": [{"kind": "relative", "window": sizes} for sizes in [(4, 5), (3, 4, 5)]],
 }
-KINDS = ["rotary"]
+KINDS = ["rotary", "alibi", "window"]
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
@@ -311,16 +316,16 @@ def test_differences_of_coordinates_matter_and_nothing_else(position):
     ids = oracle.grid(2, 3).reshape(2, 3, 2)
 
     def call(x):
-        moved, turned = ids + [500, 70], ids[..., ::-1]
+        moved, spread = ids + [500, 70], ids * [1, 2]
         return (
             layer(x),
             layer(x, position_ids=as_tensor(moved)),
-            layer(x, position_ids=as_tensor(turned)),
+            layer(x, position_ids=as_tensor(spread)),
         )
 
-    counted, shifted, transposed = run(call, x)
+    counted, shifted, spread = run(call, x)
     assert_close(shifted, counted)
-    assert np.abs(transposed - counted).max() > 1e-3
+    assert np.abs(spread - counted).max() > 1e-3
 
 
 # --------------------------------------------------------------------------- many tiles
@@ -330,6 +335,8 @@ def test_differences_of_coordinates_matter_and_nothing_else(position):
 def test_long_grids(position):
     # 24 * 25 points are more than a tile of 512 rows, and no multiple of one.
     x, config = draw(1, 24, 25, WIDTH), config_of(position, 2)
+    if position == "window":
+        config = {**config, "window": (24, 25)}
     layer = made(config, x.shape, flash_attention=True)
     (found,) = run(lambda x: layer(x), x)
     assert_close(found, by_definition(layer, config, (1, 2), x)[0])
@@ -398,3 +405,132 @@ def test_mixed_precision_far_from_zero(position):
 def test_grids_without_points(position):
     layer = made(config_of(position, 2), (2, 2, 3, WIDTH))
     assert tuple(layer(to_tensor(draw(2, 0, 3, WIDTH))).shape) == (2, 0, 3, WIDTH)
+
+
+# ------------------------------------------------------------------------- the biases
+
+
+def test_gradients_of_a_windows_table_over_many_tiles():
+    """Tile by tile the same as at once; that of small grids is by definition above."""
+    x, window = draw(1, 24, 25, WIDTH), (24, 25)
+    cotangent, found = draw(*x.shape, seed=1), {}
+    for flash_attention in (True, False):
+        layer = made(
+            {"kind": "relative", "window": window},
+            x.shape,
+            flash_attention=flash_attention,
+            use_bias=False,
+        )
+        variables = all_variables_of(layer)
+        found[flash_attention] = outputs_and_gradients(
+            with_variables(layer, list(variables.values())),
+            [x, *weights_of(layer).values()],
+            [cotangent],
+        )
+    (output,), gradients = found[True]
+    (expected,), expected_gradients = found[False]
+    assert_close(output, expected)
+    for name, one, other in zip(
+        ["query", *variables], gradients, expected_gradients, strict=True
+    ):
+        size = max(1.0, np.abs(other).max())
+        assert_close(one / size, other / size, name)
+
+
+def test_a_row_that_is_a_whole_window_is_counted_in_it():
+    config, x = {"kind": "relative", "window": (3, 4)}, draw(2, 3, 4, WIDTH)
+    grid, row = made(config, x.shape), made(config, (2, 12, WIDTH))
+    expected, found = run(
+        lambda x: (grid(x), row(keras.ops.reshape(x, (2, 12, WIDTH)))), x
+    )
+    assert_close(found.reshape(expected.shape), expected)
+
+
+def test_beyond_the_window_the_farthest_distance_counts():
+    config = {"kind": "relative", "window": (2, 3)}
+    x, ids = draw(1, 4, WIDTH), np.array([[0, 0], [0, 9], [7, 0], [1, 2]])
+    layer = made(config, x.shape)
+    (found,) = run(lambda x: layer(x, position_ids=as_tensor(ids)), x)
+    (near,) = run(
+        lambda x: layer(x, position_ids=as_tensor(np.minimum(ids, [1, 2]))), x
+    )
+    expected, _ = oracle.multi_head_attention(
+        weights_of(layer), {"position": config}, x, position_ids=ids
+    )
+    assert_close(found, expected)
+    assert np.abs(found - near).max() > 1e-3  # not the token's own place
+
+
+def test_layers_share_a_windows_table():
+    position = keras_mha.RelativePositionBias(window=(2, 3))
+    x = keras.Input((2, 3, WIDTH))
+    y = x
+    for _ in range(2):
+        y = keras_mha.MultiHeadAttention(2, 4, position=position, use_bias=False)(y)
+    model = keras.models.clone_model(keras.Model(x, y))
+    assert len(model.weights) == 4 + 4 + 1
+    assert tuple(model.layers[1].position.table.shape) == (15, 2)
+    assert model.layers[1].position is model.layers[2].position
+
+
+def test_training_moves_a_windows_table():
+    position = keras_mha.RelativePositionBias(window=(2, 2), initializer="zeros")
+    x = keras.Input((2, 2, WIDTH))
+    layer = keras_mha.MultiHeadAttention(2, 4, position=position)
+    model = keras.Model(x, layer(x))
+    randomize(layer)
+    before = to_numpy(position.table.value)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+    model.fit(draw(4, 2, 2, WIDTH), draw(4, 2, 2, WIDTH, seed=1), verbose=0)
+    assert (np.abs(to_numpy(position.table.value) - before) > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["alibi", "window"])
+def test_bias_layers_by_themselves(kind):
+    """Called on coordinates, of either side a row for each batch or one for all."""
+    rng = np.random.default_rng(0)
+    table = draw(4 * 2 * 2 - 1, 3)
+    for query_rows, key_rows in [(False, None), (True, False), (False, True)]:
+        sides = [rng.integers(0, 5, size=(2, 4, 2) if query_rows else (4, 2))]
+        if key_rows is not None:
+            sides.append(rng.integers(0, 5, size=(2, 3, 2) if key_rows else (3, 2)))
+        if kind == "alibi":
+            layer = keras_mha.ALiBi(3, axes=2, distance="euclidean")
+            slopes = oracle.alibi_slopes(3)
+            expected = oracle.grid_alibi_bias(slopes, sides[0], sides[-1], "euclidean")
+        else:
+            layer = keras_mha.RelativePositionBias(3, window=(3, 2))
+            layer.build()
+            layer.table.assign(table.astype("float32"))
+            expected = oracle.window_bias(table, sides[0], sides[-1], (3, 2))
+        given = [to_tensor(ids, "int32") for ids in sides]
+        found = layer(*given)
+        assert tuple(found.shape) == expected.shape
+        assert_close(to_numpy(found), expected)
+        symbolic = layer.compute_output_spec(*given)
+        assert tuple(symbolic.shape) == expected.shape
+
+
+def test_bias_objects_take_coordinates():
+    query, key, value = (draw(2, n, 2, 4, seed=n) for n in (6, 4, 4))
+    ids = oracle.grid(2, 3)[None], oracle.grid(2, 2)[None]
+    bias = oracle.grid_alibi_bias(oracle.alibi_slopes(2), *ids)
+    expected, _ = oracle.dot_product_attention(query, key, value, bias=bias)
+    for implementation in ("reference", "blockwise"):
+        found = keras_mha.dot_product_attention(
+            *(to_tensor(x) for x in (query, key, value)),
+            position_bias=keras_mha.ALiBi(2, axes=2).bias(*map(as_tensor, ids)),
+            implementation=implementation,
+        )
+        assert_close(to_numpy(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: keras_mha.ALiBi(4), {"axes", "distance"}),
+        (keras_mha.RelativePositionBias, {"window"}),
+    ],
+)
+def test_configs_of_one_axis_are_those_of_before_there_were_several(make, names):
+    assert not set(make().get_config()) & names

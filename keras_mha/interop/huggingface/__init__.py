@@ -41,6 +41,7 @@ READERS = {
     "RobertaCrossAttention": encoders.bert_heads,
     "RobertaSelfAttention": encoders.bert_heads,
     "SiglipAttention": encoders.bart,
+    "SwinAttention": encoders.swin,
     "T5Attention": encoders.t5,
     "ViTAttention": encoders.vit,
     "WhisperAttention": encoders.bart,
@@ -61,11 +62,11 @@ def from_huggingface(
     """Makes our layer of an attention module of Hugging Face's transformers.
 
     Known are the modules of BERT, RoBERTa, DistilBERT, GPT-2, Llama, Mistral, Qwen 2
-    and 3, Gemma 1 to 3, Phi-3, gpt-oss, T5, mT5, BLOOM, BART, mBART, Whisper, ViT, CLIP
-    and SigLIP, as transformers 5 has them. torch and transformers need only be
-    installed, whatever backend Keras runs on. Heads, grouped or not, biases, dropout of
-    the attention weights, rotary positions with their scaling, ALiBi, T5's table,
-    window, soft cap, normalised heads, sinks and scale are taken over.
+    and 3, Gemma 1 to 3, Phi-3, gpt-oss, T5, mT5, BLOOM, BART, mBART, Whisper, ViT,
+    CLIP, SigLIP and Swin, as transformers 5 has them. torch and transformers need only
+    be installed, whatever backend Keras runs on. Heads, grouped or not, biases, dropout
+    of the attention weights, rotary positions with their scaling, ALiBi, the tables of
+    T5 and Swin, window, soft cap, normalised heads, sinks and scale are taken over.
 
     A layer is attention and nothing around it:
 
@@ -79,6 +80,9 @@ def from_huggingface(
     - Cross-attention is `layer(x, memory)`.
     - In T5 one table of positions, the first block's, serves all blocks of its stack:
       see `position`. Its cross-attention has none.
+    - Of Swin it is the attention within a window, whose tokens are given row by row;
+      shifted windows bring their mask along as `attention_mask` (`True` where a query
+      may attend).
     - Masks are `True` where a query may attend. One that may attend to nothing gives
       zeros here.
 

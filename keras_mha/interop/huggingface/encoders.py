@@ -62,6 +62,19 @@ def vit(module: Any) -> Recipe:
     )
 
 
+def swin(module: Any) -> Recipe:
+    """Of a SwinAttention, whose tokens are those of a window, row by row."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    bias = module.relative_position_bias
+    return recipe(
+        *projections(module, *names),
+        width=module.head_dim,
+        dropout=module.attention_dropout,
+        position=RelativePositionBias(window=tuple(bias.window_size)),
+        weights={"position.table": bias.relative_position_bias_table},
+    )
+
+
 def t5(module: Any, position: RelativePositionBias | None = None) -> Recipe:
     """Of a T5Attention, with its own table of positions or the one that it shares."""
     weights = {}
