@@ -12,7 +12,7 @@ from keras import ops
 from keras_mha import _checks
 from keras_mha._keras import Shape, Tensor
 from keras_mha.masks import Tile
-from keras_mha.ops.tensors import constant
+from keras_mha.ops.tensors import columns_at, constant
 
 
 class Bias:
@@ -242,7 +242,7 @@ class ByDistance(DistanceBias):
         if len(index.shape) == 1:
             # As an embedding is looked up, which every exporter knows.
             return ops.transpose(ops.take(ops.transpose(values), index, axis=0))
-        return ops.take(values, index, axis=1)
+        return columns_at(values, index)
 
     def check(self, scores_shape):
         _check_heads("RelativePositionBias", self.values.shape[0], scores_shape)

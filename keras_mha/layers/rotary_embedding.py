@@ -316,10 +316,14 @@ class RotaryEmbedding(Shareable):
         """Where a token stands for each pair, `(B or 1, T, 1 or pairs)`."""
         if self.axes == 1:
             return position_ids[..., None]
-        sections = enumerate(self._sections(width))
-        axis = [axis for axis, pairs in sections for _ in range(pairs)]
-        axis = ops.convert_to_tensor(axis, dtype="int32")
-        return ops.take(position_ids, axis, axis=-1)
+        lead = ops.shape(position_ids)[:-1]
+        return ops.concatenate(
+            [
+                ops.broadcast_to(position_ids[..., axis : axis + 1], (*lead, pairs))
+                for axis, pairs in enumerate(self._sections(width))
+            ],
+            axis=-1,
+        )
 
     def _frequencies(self, width):
         if self._known_frequencies[0] != width:

@@ -33,6 +33,19 @@ def constant(numbers: Any, dtype: str | None = None) -> Tensor:
     return backends.current().constant(numbers, dtype)
 
 
+def columns_at(x: Tensor, index: Tensor) -> Tensor:
+    """Returns `x[:, index]`.
+
+    Args:
+        x: Shape `(N, M)`.
+        index: Which of the M columns, whole numbers of any shape.
+
+    Returns:
+        Shape `(N, *index.shape)`.
+    """
+    return backends.current().columns_at(x, index)
+
+
 def plain(x: Tensor) -> Tensor:
     """Returns the tensor that a variable of the backend's own (not Keras's) holds now.
 

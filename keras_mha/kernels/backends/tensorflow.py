@@ -182,6 +182,11 @@ def constant(numbers: Any, dtype: str | None) -> Any:
     return ops.convert_to_tensor(numbers, dtype=dtype)
 
 
+def columns_at(x: Any, index: Any) -> Any:
+    """Returns `x[:, index]` of a matrix and whole numbers of any shape."""
+    return ops.take(x, index, axis=1)
+
+
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return tf.convert_to_tensor(x)

@@ -199,6 +199,13 @@ def constant(numbers: Any, dtype: str | None) -> Any:
     return ops.convert_to_tensor(torch.as_tensor(numbers, dtype=dtype))
 
 
+def columns_at(x: Any, index: Any) -> Any:
+    """Returns `x[:, index]` of a matrix and whole numbers of any shape."""
+    # Not by `keras.ops.take`, whose way to it no exporter knows.
+    found = torch.index_select(x, 1, torch.reshape(index, (-1,)).long())
+    return torch.reshape(found, (x.shape[0], *index.shape))
+
+
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return x
