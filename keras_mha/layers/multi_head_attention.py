@@ -119,8 +119,10 @@ class MultiHeadAttention(keras.layers.Layer):
             Query head n reads key and value head n // (N / K): grouped-query
             attention, with 1 multi-query attention. Defaults to `num_heads`.
         position: Says where tokens stand: a `keras_mha.RotaryEmbedding`, a
-            `keras_mha.ALiBi` or a `keras_mha.RelativePositionBias`. Several layers may
-            be given the same one; copies of them share one too. Defaults to `None`.
+            `keras_mha.ALiBi` or a `keras_mha.RelativePositionBias`. Attention over
+            several axes takes one that has as many, in the order of `attention_axes`.
+            Several layers may be given the same one; copies of them share one too.
+            Defaults to `None`.
         qk_norm: Normalises each query and key head over its width before the scores:
             `"rms"` or `"layer"` (each with a learned scale), or `"l2"` (unit length:
             the scores are cosine similarities). Defaults to `None`.
@@ -160,7 +162,11 @@ class MultiHeadAttention(keras.layers.Layer):
             `(B, S)`: tokens attend only within their own segment (packed sequences).
         position_ids: Where tokens stand, for `position`: whole numbers of shape `(T,)`
             or `(B, T)` for both sides, or a pair (query's, key's). Defaults to counting
-            from 0, anew where a segment starts; with a cache from what it holds.
+            from 0, anew where a segment starts; with a cache from what it holds. For
+            a `position` over several axes, coordinates along a last axis: shape
+            `(T, axes)` or `(B, T, axes)`, or with the axes of an image's positions
+            `(rows, columns, axes)` or `(B, rows, columns, axes)`, whichever are
+            attended; defaults to counting along each attended axis.
         cache: What `init_cache` or an earlier call returned. The query is then what
             follows the tokens that the cache has seen; those that `query_mask` says
             are real are added to it. With a cache made of a memory, what is attended
