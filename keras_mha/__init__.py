@@ -7,7 +7,12 @@ from keras_mha.inspect import attention_maps
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
 from keras_mha.plotting import plot_attention, plot_heads_over_image, plot_mask
-from keras_mha.positions import ALiBi, RelativePositionBias, RotaryEmbedding
+from keras_mha.positions import (
+    ALiBi,
+    MixedRotaryEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+)
 from keras_mha.summary import attention_summary
 
 __version__ = "0.1.0"
@@ -15,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALiBi",
     "AttentionRecorder",
+    "MixedRotaryEmbedding",
     "MultiHeadAttention",
     "RelativePositionBias",
     "RotaryEmbedding",

@@ -339,7 +339,7 @@ def rotary_frequencies(
 
     original = scaling["original_max_position_embeddings"]
     if kind == "dynamic":
-        if length <= original:
+        if length <= original or dim == 2:  # the only pair turns by 1 at any base
             return plain, 1.0
         stretch = factor * length / original - (factor - 1)
         base = max_wavelength * stretch ** (dim / (dim - 2))
@@ -437,6 +437,31 @@ def axial_rotary(
                     turned[b, t, :, one] = m * (x_a * cos - x_b * sin)
                     turned[b, t, :, other] = m * (x_a * sin + x_b * cos)
             start += pairs
+    return turned
+
+
+def mixed_rotary(
+    x: Array, coordinates: Array, frequencies: Array, *, interleaved: bool = False
+) -> Array:
+    """RoPE-Mixed (Heo et al., 2024) of heads (B, T, N, H), by all coordinates at once.
+
+    `coordinates` is (T, n) or (B, T, n) and `frequencies` (n, K, d/2), K dividing N:
+    pair i of head n, one of the pairs of `rotary`, turns by
+
+        sum_a coordinate_a frequencies[a, n // (N / K), i]
+    """
+    x, frequencies = _float64(x), _float64(frequencies)
+    batch, tokens, heads, _ = x.shape
+    axes, groups, pairs = frequencies.shape
+    coordinates = np.broadcast_to(coordinates, (batch, tokens, axes))
+    turned = x.copy()
+    for b, t, n, i in np.ndindex(batch, tokens, heads, pairs):
+        one, other = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        angle = coordinates[b, t] @ frequencies[:, n // (heads // groups), i]
+        cos, sin = np.cos(angle), np.sin(angle)
+        x_a, x_b = x[b, t, n, one], x[b, t, n, other]
+        turned[b, t, n, one] = x_a * cos - x_b * sin
+        turned[b, t, n, other] = x_a * sin + x_b * cos
     return turned
 
 
@@ -664,7 +689,8 @@ def multi_head_attention(
     `relative_position_bucket`. The biases of the last two are added to
     `attention_bias`. `position_ids` are those of `all_positions`. With an option
     "axes" above 1 they have a last axis of that many coordinates, and the options are
-    those of `axial_rotary`, `grid_alibi_bias` or `window_bias`.
+    those of `axial_rotary`, `grid_alibi_bias` or `window_bias`. The kind "mixed rotary"
+    has those of `mixed_rotary`, and "position_frequencies" (n, K, d/2) for a weight.
 
     Returns the output (B, T, *E) and the scores (B, N, T, S).
     """
@@ -687,7 +713,11 @@ def multi_head_attention(
     query_positions, key_positions = all_positions(
         query.shape[:2], key.shape[:2], position_ids, segment_ids, axes
     )
-    if position_kind == "rotary" and axes > 1:
+    if position_kind == "mixed rotary":
+        position["frequencies"] = weights["position_frequencies"]
+        query_heads = mixed_rotary(query_heads, query_positions, **position)
+        key_heads = mixed_rotary(key_heads, key_positions, **position)
+    elif position_kind == "rotary" and axes > 1:
         furthest = [p.max(axis=(1, 2)) for p in (query_positions, key_positions)]
         position["lengths"] = np.maximum(*furthest) + 1
         query_heads = axial_rotary(query_heads, query_positions, **position)

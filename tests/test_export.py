@@ -245,6 +245,7 @@ def test_a_file_takes_any_batch(file_format, kind, tmp_path):
 
 POSITIONS_OF_IMAGES = {
     "rotary": lambda: keras_mha.RotaryEmbedding(rotary_dim=4, axes=2),
+    "mixed rotary": keras_mha.MixedRotaryEmbedding,
     "ALiBi": lambda: keras_mha.ALiBi(axes=2),
     "window": lambda: keras_mha.RelativePositionBias(window=(4, 3)),
 }

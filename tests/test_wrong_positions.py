@@ -5,7 +5,12 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha import ALiBi, RelativePositionBias, RotaryEmbedding
+from keras_mha import (
+    ALiBi,
+    MixedRotaryEmbedding,
+    RelativePositionBias,
+    RotaryEmbedding,
+)
 from tests.helpers import to_numpy, to_tensor
 
 
@@ -299,6 +304,40 @@ SEVERAL_AXES = [
         call(IMAGES, position=two_axes, position_ids=floats(3, 4, 2)),
         TypeError,
         "position_ids.*whole.*float32",
+    ),
+    (
+        "mixed of one axis",
+        lambda: MixedRotaryEmbedding(axes=1),
+        ValueError,
+        "axes.*at least 2.*1",
+    ),
+    (
+        "mixed of other heads",
+        construct(position=MixedRotaryEmbedding(3)),
+        ValueError,
+        "num_heads.*key heads.*num_heads=3 and 4",
+    ),
+    (
+        "mixed of another width",
+        lambda: [
+            made(key_dim=width, position=position)
+            for position in [MixedRotaryEmbedding()]
+            for width in (8, 16)
+        ],
+        ValueError,
+        "one width.*16, after 8",
+    ),
+    (
+        "mixed of heads that do not share evenly",
+        lambda: MixedRotaryEmbedding(3)(floats(2, 5, 4, 8), integers(5, 2)),
+        ValueError,
+        r"inputs.*3 heads.*\(2, 5, 4, 8\)",
+    ),
+    (
+        "mixed without coordinates",
+        lambda: MixedRotaryEmbedding(4)(floats(2, 5, 4, 8)),
+        ValueError,
+        r"position_ids.*given.*\(5, 2\)",
     ),
     ("ALiBi of no axes", lambda: ALiBi(4, axes=0), ValueError, "axes.*at least 1"),
     (

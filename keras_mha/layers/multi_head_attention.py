@@ -302,6 +302,7 @@ class MultiHeadAttention(keras.layers.Layer):
             input_checks.check_position_axes(position, self._attention_axes)
         if isinstance(position, RotaryEmbedding):
             position.check_width(self._key_dim)
+            position.set_heads(self.num_key_value_heads)
         else:
             position.set_heads(self._num_heads)
         return position

@@ -49,7 +49,8 @@ class RotaryEmbedding(Shareable):
     and each pair of features turns by one of them (axial rotary embedding): the first
     pairs by that along the first axis. Attention over as many axes (`attention_axes`)
     counts along them; tokens in one row, such as flattened patches, take
-    `position_ids`.
+    `position_ids`. (For pairs that turn by several positions at once, see
+    `MixedRotaryEmbedding`.)
 
     Args:
         rotary_dim: How many features rotate, an even number, counted from the first;
@@ -167,6 +168,11 @@ class RotaryEmbedding(Shareable):
             )
         self._sections(self.rotary_dim or width)
 
+    _turns_heads_alike = True  # a subclass may not
+
+    def set_heads(self, num_heads: int) -> None:
+        """Takes note of the number of key heads, where it matters."""
+
     def _sections(self, width: int) -> tuple[int, ...]:
         return sections_of(width, self.axes, self.sections)
 
@@ -244,6 +250,7 @@ class RotaryEmbedding(Shareable):
         """
         lengths = query.shape[1], key.shape[1]
         alike = query_ids is key_ids and lengths[0] == lengths[1] is not None
+        alike = alike and (self._turns_heads_alike or query.shape[2] == key.shape[2])
         length = self._length((query, query_ids), (key, key_ids))
         turn = self._cos_and_sin(query, query_ids, length)
         query = self._rotated(query, *turn)

@@ -74,6 +74,8 @@ def position_layer(config: Mapping[str, Any]) -> Any:
     kind = options.pop("kind")
     if kind == "rotary":
         return keras_mha.RotaryEmbedding(**options)
+    if kind == "mixed rotary":
+        return keras_mha.MixedRotaryEmbedding(**options)
     if kind == "alibi":
         return keras_mha.ALiBi(**options)
     return keras_mha.RelativePositionBias(initializer="zeros", **options)
@@ -100,8 +102,11 @@ def made(
 
 
 def all_variables_of(layer: Any) -> dict[str, Any]:
-    table = getattr(layer.position, "table", None)
-    return variables_of(layer) | ({} if table is None else {"position_table": table})
+    found = variables_of(layer)
+    for name in ("table", "frequencies"):
+        if hasattr(layer.position, name):
+            found[f"position_{name}"] = getattr(layer.position, name)
+    return found
 
 
 def weights_of(layer: Any) -> dict[str, np.ndarray]:
