@@ -151,6 +151,14 @@ def test_grids(position, layout):
     assert_close(scores.reshape(expected_scores.shape), expected_scores)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_grids_of_grouped_heads(position):
+    config, x = config_of(position, 2), draw(2, 2, 3, WIDTH)
+    layer = made(config, x.shape, num_heads=4, num_key_value_heads=2)
+    (found,) = run(lambda x: layer(x), x)
+    assert_close(found, by_definition(layer, config, (1, 2), x)[0])
+
+
 CALLS = {
     "position": st.sampled_from(list(POSITIONS)),
     "attended": st.sampled_from([(1, 2), (2, 1), (1, 2, 3), (3, 1, 2)]),
