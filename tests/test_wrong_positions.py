@@ -405,6 +405,12 @@ SEVERAL_AXES = [
         r"position_ids.*given.*\(10, 2\).*\(2, 10, 16\)",
     ),
     (
+        "a window over three axes, as long as the first of two",
+        call(floats(2, 8, 3, 16), position=in_window(2, 2, 2)),
+        ValueError,
+        r"position_ids.*given.*3 axes.*over 2",
+    ),
+    (
         "a window over three axes",
         call(IMAGES, position=in_window(3, 4, 2)),
         ValueError,

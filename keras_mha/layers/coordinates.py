@@ -89,9 +89,10 @@ def check_can_be_counted(
         if window is not None:
             _check_within(window, axes, {"query": query, "value": value})
         return
-    lengths = [x[axes.attended[0]] for x in (query, value)]
-    if window is not None and lengths == [math.prod(window)] * 2:
-        return  # the whole of it, row by row
+    if window is not None and len(axes.attended) == 1:
+        lengths = [x[axes.attended[0]] for x in (query, value)]
+        if lengths == [math.prod(window)] * 2:
+            return  # the whole of it, row by row
     sizes = (query[axis] for axis in sorted(axes.attended))
     raise ValueError(
         f"`position_ids` must be given, such as of shape {(*sizes, count)}: `position` "
