@@ -51,7 +51,21 @@ def normal(*shape):
 skip_zeros = keras.layers.Masking()
 
 
+def rotary_over_axes():
+    return keras_mha.RotaryEmbedding(axes=2)
+
+
+def alibi_over_axes():
+    return keras_mha.ALiBi(axes=2, distance="euclidean")
+
+
+def in_window():
+    return keras_mha.RelativePositionBias(window=(4, 5))
+
+
 QUERY = normal(B, T, D)
+IMAGES = np.random.default_rng(1).normal(size=(B, 4, 5, D)).astype("float32")
+COORDINATES = np.random.default_rng(1).integers(0, 9, size=(B, T, 2))
 VALID = np.arange(T) < np.array([[T], [11], [17], [3]])
 LONGER_VALID = np.arange(S) < np.array([[7], [S], [18], [0]])  # a row sees nothing
 IDS = np.sort(RNG.integers(0, 3, size=(B, T)), axis=1).astype("int32")
@@ -100,6 +114,27 @@ FEATURES = {
         {"position": keras_mha.RelativePositionBias},
         {},
         {"position_ids": np.cumsum(RNG.integers(0, 3, size=(B, T)), axis=1)},
+    ),
+    "RotaryEmbedding over axes": Feature(
+        "positions", {"position": rotary_over_axes}, {}, {"query": IMAGES}
+    ),
+    "MixedRotaryEmbedding over axes": Feature(
+        "positions",
+        {"position": keras_mha.MixedRotaryEmbedding, "num_key_value_heads": 1},
+        {},
+        {"query": IMAGES},
+    ),
+    "ALiBi over axes": Feature(
+        "positions", {"position": alibi_over_axes}, {}, {"query": IMAGES}
+    ),
+    "RelativePositionBias over axes": Feature(
+        "positions", {"position": in_window}, {}, {"query": IMAGES}
+    ),
+    "position_ids over axes": Feature(
+        "positions",
+        {"position": rotary_over_axes},
+        {},
+        {"position_ids": COORDINATES},
     ),
     "grouped heads": Feature("heads", {"num_key_value_heads": 1}),
     "gate": Feature("heads", {"use_gate": True}),
