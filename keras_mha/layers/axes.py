@@ -72,6 +72,15 @@ class AttentionAxes:
         """`(B, *positions)` to `(B', T)`."""
         return x if self.is_plain else self._fold(x, trailing=0)
 
+    def fold_ids(self, ids: Tensor, like: Tensor) -> Tensor:
+        """`(T,)`, or the shape of `like` without its features, to `(B' or 1, T)`."""
+        if len(ids.shape) == 1:
+            return ids[None]
+        if self.is_plain:
+            return ids
+        ids = ops.broadcast_to(ids, ops.shape(like)[:-1])
+        return self.fold_positions(ids)
+
     def fold_coordinates(self, ids: Tensor, like: Tensor) -> Tensor:
         """Folds what `checked_coordinates` returned to `(B' or 1, T, coordinates)`.
 
@@ -106,6 +115,10 @@ class AttentionAxes:
         x = ops.reshape(x, (*(sizes[axis] for axis in order), *ops.shape(x)[2:]))
         kept = (self.rank - 1, self.rank)
         return ops.transpose(x, (*(order.index(i) for i in range(len(order))), *kept))
+
+    def unfold_positions(self, x: Tensor, like: Tensor) -> Tensor:
+        """`(B', T)` to `(B, *positions)`, positions as those of `like`."""
+        return self.unfold(x[:, :, None, None], like)[..., 0, 0]
 
     def unfold_scores(self, scores: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """`(B', N, T, S)` to `(*batch, N, *query positions, *key positions)`."""

@@ -114,7 +114,7 @@ def check_masks(
     scores_shape: Shape,
     arguments: Mapping[str, Any],
 ) -> None:
-    """Raises unless masks, bias and segments fit the inputs and the scores.
+    """Raises unless masks and bias fit the inputs and the scores.
 
     Args:
         axes: Of the inputs.
@@ -133,9 +133,6 @@ def check_masks(
         check_attention_mask(arguments["attention_mask"], axes, scores_shape)
     if arguments["attention_bias"] is not None:
         check_attention_bias(arguments["attention_bias"], scores_shape)
-    if arguments["segment_ids"] is not None:
-        ids = arguments["segment_ids"]
-        checked_segment_ids(ids, shapes["query"], shapes["value"])
 
 
 def check_positions_mask(name: str, mask: Tensor, owner: str, shape: Shape) -> None:

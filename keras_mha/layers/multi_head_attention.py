@@ -4,7 +4,7 @@ import functools
 import math
 import string
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
@@ -14,43 +14,30 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     convert_no_inputs,
-    dtype_name,
     get_keras_mask,
-    is_float,
     kernel_variable,
     parts_not_rematerialized,
     set_keras_mask,
-    to_tensor,
     told_as_it_is,
-    without_autocast,
 )
-from keras_mha.biases import Bias
 from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks, recording
+from keras_mha.layers.arguments import Call, filled, from_list
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
-from keras_mha.layers.cache_checks import check_cached_call, check_one_axis
-from keras_mha.layers.clean_inputs import Inputs
+from keras_mha.layers.cache_checks import check_one_axis
+from keras_mha.layers.call_masks import bias_of, mask_of
+from keras_mha.layers.clean_inputs import clean, spoilt
 from keras_mha.layers.conversion import converted
-from keras_mha.layers.coordinates import (
-    check_can_be_counted,
-    checked_pair_of_coordinates,
-    counted_coordinates,
-)
 from keras_mha.layers.keras_hooks import check_no_hooks
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
+from keras_mha.layers.operands import Operands, operands_of
 from keras_mha.layers.position_bias import PositionBias
-from keras_mha.layers.position_ids import checked_position_ids, restarted
 from keras_mha.layers.rematerialization import as_function_of_floats
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
 from keras_mha.masks import (
-    Causal,
-    Dense,
     Mask,
-    Padding,
-    Segments,
-    SlidingWindow,
     as_booleans,
     intersect,
 )
@@ -387,7 +374,7 @@ class MultiHeadAttention(keras.layers.Layer):
             value_shape: Shape of the value. Defaults to `query_shape`.
             key_shape: Shape of the key. Defaults to `value_shape`.
         """
-        query_shape, value_shape, key_shape = _filled(
+        query_shape, value_shape, key_shape = filled(
             query_shape, value_shape, key_shape
         )
         input_checks.check_build_shapes(query_shape, value_shape, key_shape)
@@ -523,98 +510,48 @@ class MultiHeadAttention(keras.layers.Layer):
         position_ids: Tensor | tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        query_mask, value_mask, key_mask, attention_mask = _from_lists(
-            query_mask, value_mask, key_mask, attention_mask
-        )
-        segment_ids, position_ids, attention_bias = _from_lists(
-            segment_ids, position_ids, attention_bias
-        )
-        if query_mask is None:
-            # Keras fills masks in by itself only when there are several inputs.
-            query_mask = get_keras_mask(query)
-        self._check_call(
+        call = Call(
             query,
-            {
-                "value": value,
-                "key": key,
-                "query_mask": query_mask,
-                "value_mask": value_mask,
-                "key_mask": key_mask,
-                "attention_mask": attention_mask,
-                "return_attention_scores": return_attention_scores,
-                "training": training,
-                "use_causal_mask": use_causal_mask,
-                "attention_bias": attention_bias,
-                "segment_ids": segment_ids,
-                "position_ids": position_ids,
-                "cache": cache,
-            },
-        )
-        query, value, key = map(self._as_floats, (query, value, key))
-        query_mask = as_booleans("query_mask", query_mask)
-        value_mask = as_booleans("value_mask", value_mask)
-        key_mask = as_booleans("key_mask", key_mask)
-        if value is None:
-            value = query
-            value_mask = query_mask if value_mask is None else value_mask
-        if key is None:
-            key = value
-        masks = (query_mask, value_mask, key_mask)
-        query, value, key, good = self._without_padding(
-            Inputs(query, value, key), masks, attention_mask, segment_ids, cache
-        )
-        if cache is None:
-            ids = self._position_ids(position_ids, segment_ids, query, value)
-            operands = self._operands(query, value, key, *ids)
-            mask = intersect(
-                self._padding(value_mask, value),
-                self._padding(key_mask, value),
-                self._segments(segment_ids, query, value),
-                SlidingWindow(self._sliding_window) if self._sliding_window else None,
-                Causal() if use_causal_mask else None,
-            )
-        elif kv_cache.is_memory(cache):
-            operands, mask = self._operands_of_memory(query, cache, position_ids)
-        else:
-            operands, mask = self._operands_with_cache(
-                query, value, key, cache, masks, position_ids, use_causal_mask
-            )
-        mask = intersect(
-            self._attention_mask(attention_mask, query, value),
-            self._query_mask(query_mask, query),
-            mask,
-        )
-        heads, scores = self._attend(
-            operands,
-            mask,
-            self._attention_bias(attention_bias, query, value),
-            training,
+            value,
+            key,
+            query_mask,
+            value_mask,
+            key_mask,
+            attention_mask,
             return_attention_scores,
+            training,
+            use_causal_mask,
+            attention_bias,
+            segment_ids,
+            position_ids,
+            cache,
         )
-        heads = self._axes.unfold(heads, like=query)
+        call.read(self).fill(self.compute_dtype)
+        # An activity regularizer sees all tokens.
+        good = clean(call, keep_finite=self._activity_regularizer is not None)
+        operands = operands_of(self, call)
+        mask = intersect(mask_of(call), operands.mask)
+        heads, scores = self._attend(call, operands, mask)
+        heads = call.axes.unfold(heads, like=call.query)
         if self._use_gate:
-            heads = heads * self._gate_dense(query)
-        output = self.output_dense(heads)
-        if good is not None:
-            output, scores = self._spoilt(output, scores, query, good, mask)
-        if query_mask is not None:
-            set_keras_mask(output, query_mask)
+            heads = heads * self._gate_dense(call.query)
+        output, scores = spoilt(call, good, mask, self.output_dense(heads), scores)
+        if call.query_mask is not None:
+            set_keras_mask(output, call.query_mask)
         results = (output,)
         if return_attention_scores:
-            results += (self._axes.unfold_scores(scores, query, value),)
+            results += (call.axes.unfold_scores(scores, call.query, call.value),)
         if cache is not None:
             results += (operands.cache,)
         return results if len(results) > 1 else output
 
-    def _as_floats(self, x: Tensor | None) -> Tensor | None:
-        return x if x is None or is_float(x) else ops.cast(x, self.compute_dtype)
-
-    def _attend(self, operands, mask, bias, training, return_scores):
+    def _attend(self, call: Call, operands: Operands, mask: Mask | None):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""
         heads = operands.query, operands.key, operands.value
+        return_scores = call.return_attention_scores
         arguments = {
             "mask": mask,
-            "bias": bias,
+            "bias": bias_of(call, self.compute_dtype),
             "position_bias": operands.position_bias,
             "scale": self.scale,
             "logit_soft_cap": self._logit_soft_cap,
@@ -628,7 +565,7 @@ class MultiHeadAttention(keras.layers.Layer):
             return_scores=return_scores,
             implementation=self._implementation(),
         )
-        result = self._as_trained(attend, training)
+        result = self._as_trained(attend, call.training)
         heads, scores = result if return_scores else (result, None)
         heads = ops.cast(heads, self.compute_dtype)
         if operands.new_tokens is not None:
@@ -679,102 +616,7 @@ class MultiHeadAttention(keras.layers.Layer):
         call = super().rematerialized_call(call, *args, **kwargs)
         return lambda *args, **kwargs: call(*floats)
 
-    # ------------------------------------------------------------------ padding
-
-    def _without_padding(self, inputs, masks, attention_mask, segment_ids, cache):
-        """Returns query, value and key without numbers that masks hide, and which
-        queries and keys are good where a query may see some that are not finite."""
-        query_mask, *key_masks = masks
-        value_is_query = inputs.value is inputs.query
-        if cache is not None:
-            key_masks = masks  # a new token is both
-        elif isinstance(attention_mask, Mask):
-            key_masks.append(self._not_padding(attention_mask, inputs.value))
-        rank = len(inputs.value.shape) - 1
-        visible = padding.all_of(*(padding.with_rank(rank, x) for x in key_masks))
-        keep_finite = self._activity_regularizer is not None  # it sees all tokens
-        clean = inputs.zero_unless(query_mask, visible, keep_finite)
-        if cache is not None:
-            return *clean, None
-        if segment_ids is not None or padding.parts(attention_mask, Segments):
-            good = clean.finite_tokens()
-        elif visible is not None and query_mask is None and value_is_query:
-            # What is hidden as a key asks as a query; what is seen stays as it is.
-            finite = padding.finite_tokens(clean.query, 1)
-            good = ops.logical_or(finite, ops.cast(visible, "bool")), None
-        else:
-            return *clean, None
-        if padding.are_all(*(x for x in good if x is not None)):
-            return *clean, None
-        return *clean.zero_unless(*good, keep_finite=False), good
-
-    def _not_padding(self, mask, value):
-        """Returns which tokens of the value a mask object's padding does not hide."""
-        valid = padding.visible_keys(mask)
-        if valid is None or self._axes.is_plain:
-            return valid
-        folded = ops.shape(self._axes.fold_positions(value[..., 0]))
-        valid = ops.broadcast_to(valid, folded)
-        return self._axes.unfold(valid[:, :, None, None], like=value)[..., 0, 0]
-
-    def _spoilt(self, output, scores, like, good, mask):
-        """Puts NaN where a query is not good, or may attend to a key that is not."""
-        query, key = good
-        segments = [] if key is None else padding.parts(mask, Segments)
-        key = None if key is None else self._axes.fold_positions(key)
-        query = self._axes.fold_positions(query)
-        spoilt = padding.spoilt_queries(query, key, segments)
-        if scores is not None:
-            scores = padding.nan_where(spoilt[:, None, :], scores)
-        spoilt = self._axes.unfold(spoilt[:, :, None, None], like)[..., 0, 0]
-        return padding.nan_where(spoilt, output), scores
-
-    # ------------------------------------------------------------------ operands
-
-    def _operands(self, query, value, key, query_ids, key_ids) -> "_Operands":
-        """Projects the inputs and places them."""
-        query, key = self._rotated(
-            self._query_heads(query), self._key_heads(key), query_ids, key_ids
-        )
-        value = self._axes.fold(self.value_dense(value))
-        bias = self._position_bias(query_ids, key_ids)
-        return _Operands(query, key, value, bias)
-
-    def _operands_of_memory(self, query, cache, position_ids):
-        """Projects the query; key and value are in the cache, keys not rotated yet."""
-        query_ids, key_ids = self._given_ids(position_ids, query, cache["key"])
-        query, key = self._rotated(
-            self._query_heads(query), cache["key"], query_ids, key_ids
-        )
-        bias = self._position_bias(query_ids, key_ids)
-        mask = Padding(cache["mask"]) if "mask" in cache else None
-        return _Operands(query, key, cache["value"], bias, cache), mask
-
-    def _operands_with_cache(
-        self, query, value, key, cache, masks, position_ids, causal
-    ):
-        """Projects the new tokens and puts them into the cache."""
-        masks = [
-            ops.cast(_spread(mask, query), "bool") for mask in masks if mask is not None
-        ]
-        valid = functools.reduce(ops.logical_and, masks) if masks else None
-        length = ops.shape(query)[1]
-        new = kv_cache.NewTokens(cache, length, valid, self._sliding_window)
-        ids = new.positions
-        if position_ids is not None:
-            ids, _ = self._given_ids(position_ids, query, value)
-        query, key = self._query_heads(query), self._key_heads(key)
-        value = self.value_dense(value)
-        if self._rotates_later:
-            step = new.write(key, value, causal)
-            query, key = self._rotated(query, step.key, ids, step.key_positions)
-        else:
-            query, key = self._rotated(query, key, ids, ids)
-            step = new.write(key, value, causal)
-            key = step.key
-        bias = self._position_bias(ids, step.key_positions)
-        operands = _Operands(query, key, step.value, bias, step.cache, new)
-        return operands, step.mask
+    # ------------------------------------------------------------------ heads
 
     def _query_heads(self, query: Tensor) -> Tensor:
         heads = self._normalized(self.query_dense(query), self.query_norm_scale)
@@ -787,71 +629,21 @@ class MultiHeadAttention(keras.layers.Layer):
         heads = self._normalized(self.key_dense(key), self.key_norm_scale)
         return self._axes.fold(heads)
 
-    # ------------------------------------------------------------------ positions
-
-    def _position_ids(self, position_ids, segment_ids, query, value):
-        """Returns where queries and keys stand; `None` for counting from 0."""
-        if self.position is None:
-            return None, None
-        if position_ids is not None:
-            return self._given_ids(position_ids, query, value)
-        if self.position.axes > 1:
-            return counted_coordinates(self._axes, query, value, self.position.window)
-        if segment_ids is None:
-            return None, None
-        is_pair = isinstance(segment_ids, tuple | list)
-        ids = input_checks.checked_segment_ids(segment_ids, query.shape, value.shape)
-        query_ids = restarted(self._folded_ids(ids[0], query))
-        if not is_pair:
-            return query_ids, query_ids
-        return query_ids, restarted(self._folded_ids(ids[1], value))
-
-    def _given_ids(self, position_ids, query, value):
-        if position_ids is None:
-            return None, None
-        is_pair = isinstance(position_ids, tuple | list)
-        ids = self._checked_ids(position_ids, self._axes, query.shape, value.shape)
-        fold = self._folded_ids
-        if self.position.axes > 1:
-            fold = self._axes.fold_coordinates
-        query_ids = fold(ids[0], query)
-        return query_ids, fold(ids[1], value) if is_pair else query_ids
-
-    def _checked_ids(self, position_ids, axes, query, value):
-        sides = position_ids, axes, tuple(query), tuple(value)
-        if self.position.axes == 1:
-            return checked_position_ids(*sides)
-        return checked_pair_of_coordinates(*sides, self.position.axes)
-
-    def _folded_ids(self, ids: Tensor, x: Tensor) -> Tensor:
-        """`(T,)` or the shape of `x` without its features to `(B' or 1, T)`."""
-        if len(ids.shape) == 1:
-            return ids[None]
-        if self._axes.is_plain:
-            return ids
-        ids = ops.broadcast_to(ids, ops.shape(x)[:-1])
-        return self._axes.fold_positions(ids)
-
-    def _rotated(self, query, key, query_ids, key_ids):
-        if not isinstance(self.position, RotaryEmbedding):
-            return query, key
-        return self.position.rotate_both(query, key, query_ids, key_ids)
+    def _value_heads(self, value: Tensor) -> Tensor:
+        return self._axes.fold(self.value_dense(value))
 
     @property
     def _position_axes(self) -> int:
         return 1 if self.position is None else self.position.axes
 
     @property
+    def _rotates(self) -> bool:
+        return isinstance(self.position, RotaryEmbedding)
+
+    @property
     def _rotates_later(self) -> bool:
         """Whether a cache holds keys as they are before they are rotated."""
-        position = self.position
-        return isinstance(position, RotaryEmbedding) and position.depends_on_length
-
-    def _position_bias(self, query_ids, key_ids) -> Bias | None:
-        if not isinstance(self.position, PositionBias):
-            return None
-        with without_autocast():
-            return self.position.bias(query_ids, key_ids)
+        return self._rotates and self.position.depends_on_length
 
     # ------------------------------------------------------------------ cache
 
@@ -956,7 +748,7 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_feature_widths(self._widths, shapes)
         input_checks.check_input_shapes(self._axes, shapes["value"], *shapes.values())
         if value_mask is not None:
-            (value_mask,) = _from_lists(value_mask)
+            value_mask = from_list(value_mask)
             input_checks.check_positions_mask(
                 "value_mask", value_mask, "value", shapes["value"]
             )
@@ -988,122 +780,6 @@ class MultiHeadAttention(keras.layers.Layer):
             return "reference" if flash_attention is False else "auto"
         return "flash" if flash_attention else "reference"
 
-    # ------------------------------------------------------------------ masks
-
-    def _attention_mask(self, mask, query, value) -> Mask | None:
-        if mask is None or isinstance(mask, Mask):
-            return mask
-        mask = as_booleans("attention_mask", mask, warn=True)
-        if not self._axes.is_plain:
-            mask = ops.reshape(mask, self._axes.expand_mask(tuple(ops.shape(mask))))
-            mask = self._axes.fold_scores(mask, query, value)
-        return Dense(mask)
-
-    def _attention_bias(self, bias, query, value) -> Tensor | None:
-        if bias is None:
-            return None
-        if dtype_name(bias) == "float64" != self.compute_dtype:
-            # More than the scores have, and torch would compute all in it.
-            bias = ops.cast(bias, "float32")
-        if self._axes.is_plain:
-            return bias
-        return self._axes.fold_scores(bias, query, value)
-
-    def _query_mask(self, mask, query) -> Mask | None:
-        if mask is None:
-            return None
-        valid = self._axes.fold_positions(_spread(mask, query))
-        valid = ops.expand_dims(ops.cast(valid, "bool"), -1)
-        return Dense(ops.expand_dims(valid, 1))
-
-    def _padding(self, mask, value) -> Mask | None:
-        if mask is None:
-            return None
-        return Padding(self._axes.fold_positions(_spread(mask, value)))
-
-    def _segments(self, segment_ids, query, value) -> Mask | None:
-        if segment_ids is None:
-            return None
-        ids = input_checks.checked_segment_ids(segment_ids, query.shape, value.shape)
-        inputs = query, value
-        return Segments(*map(self._folded_ids, ids, inputs))
-
-    def _check_call(self, query: Tensor, arguments: dict[str, Any]) -> None:
-        """Raises if a call cannot be made.
-
-        Args:
-            query: The call's query.
-            arguments: The other arguments, by name.
-        """
-        for name in ("return_attention_scores", "use_causal_mask"):
-            _checks.boolean(name, arguments[name])
-        cache, position_ids = arguments["cache"], arguments["position_ids"]
-        if cache is not None:
-            check_one_axis(self._position_axes)
-            rotates = isinstance(self.position, RotaryEmbedding)
-            check_cached_call(
-                query,
-                arguments,
-                heads=self.num_key_value_heads,
-                widths=(self._key_dim, self._value_dim),
-                window=self._sliding_window,
-                takes_ids=rotates and not self._rotates_later,
-            )
-        axes = self._axes_of(query)
-        shapes = self._check_inputs(axes, query, arguments)
-        keys = self._keys_shape(query, arguments["value"], cache)
-        scores = axes.scores_shape(query.shape, keys, self._num_heads)
-        input_checks.check_masks(axes, shapes, scores, arguments)
-        if position_ids is not None:
-            if cache is not None and not kv_cache.is_memory(cache):
-                keys = query.shape  # the new tokens'
-            self._check_position_ids(position_ids, axes, query.shape, keys)
-        elif self._position_axes > 1:
-            check_can_be_counted(
-                axes, query.shape, keys, self._position_axes, self.position.window
-            )
-        if self._flash_attention and arguments["return_attention_scores"]:
-            raise ValueError(
-                "`return_attention_scores=True` needs all scores in memory, which "
-                "`flash_attention=True` forbids. Use `flash_attention=None`."
-            )
-
-    def _check_inputs(self, axes, query, arguments) -> dict[str, Shape]:
-        """Checks the inputs and returns the shapes of those that take part."""
-        inputs = query, arguments["value"], arguments["key"]
-        for name, x in zip(("query", "value", "key"), inputs, strict=True):
-            if x is not None:
-                input_checks.check_numbers(name, x)
-        query, value, key = _filled(*(None if x is None else x.shape for x in inputs))
-        cache = arguments["cache"]
-        has_memory = cache is not None and kv_cache.is_memory(cache)
-        shapes = {"query": query}
-        if not has_memory:
-            shapes |= {"value": value, "key": key}
-        if self.built:
-            input_checks.check_ranks(axes.rank, shapes)
-            input_checks.check_feature_widths(self._widths, shapes)
-        else:  # a symbolic call may come before there are weights
-            input_checks.check_build_shapes(query, value, key)
-        if not has_memory:
-            input_checks.check_input_shapes(axes, query, value, key)
-        return shapes
-
-    def _keys_shape(self, query, value, cache) -> Shape:
-        """Returns the batch and position axes of what is attended to."""
-        if cache is None:
-            return (query if value is None else value).shape
-        columns = kv_cache.columns(cache, query.shape[1], self._sliding_window)
-        return query.shape[0], columns
-
-    def _check_position_ids(self, position_ids, axes, query_shape, keys_shape) -> None:
-        if self.position is None:
-            raise ValueError(
-                "`position_ids` are for a layer made with `position=...`; this one has "
-                "no use of them."
-            )
-        self._checked_ids(position_ids, axes, query_shape, keys_shape)
-
     # ------------------------------------------------------------------ symbolic
 
     def compute_output_shape(
@@ -1113,70 +789,29 @@ class MultiHeadAttention(keras.layers.Layer):
         key_shape: Shape | None = None,
     ) -> Shape:
         """Returns the output's shape for inputs of these shapes."""
-        shapes = _filled(query_shape, value_shape, key_shape)
+        shapes = filled(query_shape, value_shape, key_shape)
         input_checks.check_build_shapes(*shapes)
         axes = AttentionAxes(len(shapes[0]), self._attention_axes)
         input_checks.check_input_shapes(axes, *shapes)
         return (*shapes[0][:-1], *(self._output_shape or shapes[0][-1:]))
 
     @told_as_it_is
-    def compute_output_spec(
-        self,
-        query: Tensor,
-        value: Tensor | None = None,
-        key: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        value_mask: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        attention_mask: Mask | Tensor | None = None,
-        return_attention_scores: bool = False,
-        training: bool | None = None,
-        use_causal_mask: bool = False,
-        *,
-        attention_bias: Tensor | None = None,
-        segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-        position_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-    ) -> Any:
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what `call` would return, as placeholders."""
-        query_mask, value_mask, key_mask, attention_mask = _from_lists(
-            query_mask, value_mask, key_mask, attention_mask
-        )
-        segment_ids, position_ids, attention_bias = _from_lists(
-            segment_ids, position_ids, attention_bias
-        )
-        self._check_call(
-            query,
-            {
-                "value": value,
-                "key": key,
-                "query_mask": query_mask,
-                "value_mask": value_mask,
-                "key_mask": key_mask,
-                "attention_mask": attention_mask,
-                "return_attention_scores": return_attention_scores,
-                "training": training,
-                "use_causal_mask": use_causal_mask,
-                "attention_bias": attention_bias,
-                "segment_ids": segment_ids,
-                "position_ids": position_ids,
-                "cache": cache,
-            },
-        )
+        call = Call(*args, **kwargs).read(self)
+        query = call.query
         output = keras.KerasTensor(
             (*query.shape[:-1], *(self._output_shape or query.shape[-1:])),
             dtype=(self.output_dense if self.built else self).compute_dtype,
         )
-        if query_mask is not None:
-            set_keras_mask(output, query_mask)
+        if call.query_mask is not None:
+            set_keras_mask(output, call.query_mask)
         results = (output,)
-        if return_attention_scores:
-            keys = self._keys_shape(query, value, cache)
-            axes = self._axes_of(query)
-            scores = axes.scores_shape(query.shape, keys, self._num_heads)
-            results += (keras.KerasTensor(scores, dtype=self.compute_dtype),)
-        if cache is not None:
-            results += (kv_cache.like(cache),)
+        if call.return_attention_scores:
+            scores = keras.KerasTensor(call.scores_shape, dtype=self.compute_dtype)
+            results += (scores,)
+        if call.cache is not None:
+            results += (kv_cache.like(call.cache),)
         return results if len(results) > 1 else output
 
     def _axes_of(self, query: Tensor) -> AttentionAxes:
@@ -1248,17 +883,6 @@ class MultiHeadAttention(keras.layers.Layer):
         return {"dtype": keras.dtype_policies.serialize(policies)}
 
 
-class _Operands(NamedTuple):
-    """What the heads attend with: tensors `(B', length, heads, width)`."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    position_bias: Bias | None = None
-    cache: Cache | None = None
-    new_tokens: kv_cache.NewTokens | None = None
-
-
 def _optional(check, name: str, value: Any) -> Any:
     return None if value is None else check(name, value)
 
@@ -1284,31 +908,5 @@ def _checked_output_shape(value: Any) -> tuple[int, ...] | None:
     return sizes or None  # Keras's layer takes an empty shape for none given
 
 
-def _filled(query: Shape, value: Shape | None, key: Shape | None) -> tuple[Shape, ...]:
-    """Fills in the shapes that are left out, as the call fills in its tensors."""
-    value = query if value is None else value
-    key = value if key is None else key
-    return tuple(query), tuple(value), tuple(key)
-
-
-def _from_lists(*arguments: Any) -> list[Any]:
-    """Makes tensors of Python's lists of numbers, and leaves everything else alone."""
-    return [
-        to_tensor(x)
-        if isinstance(x, list) and x and isinstance(x[0], list | int | float)
-        else x
-        for x in arguments
-    ]
-
-
 def _copy_of(initializer):
     return initializer.__class__.from_config(initializer.get_config())
-
-
-def _spread(mask: Tensor, x: Tensor) -> Tensor:
-    """Gives a mask of the leading axes of `x` all its axes but the last."""
-    missing = len(x.shape) - 1 - len(mask.shape)
-    if missing == 0:
-        return mask
-    mask = ops.reshape(mask, (*ops.shape(mask), *(1,) * missing))
-    return ops.broadcast_to(mask, ops.shape(x)[:-1])
