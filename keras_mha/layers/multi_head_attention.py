@@ -14,15 +14,14 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     convert_no_inputs,
-    get_keras_mask,
     kernel_variable,
     parts_not_rematerialized,
     set_keras_mask,
     told_as_it_is,
 )
 from keras_mha.layers import cache as kv_cache
-from keras_mha.layers import input_checks, recording
-from keras_mha.layers.arguments import Call, filled, from_list
+from keras_mha.layers import input_checks, options, recording
+from keras_mha.layers.arguments import Call, filled
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_one_axis
@@ -30,6 +29,7 @@ from keras_mha.layers.call_masks import bias_of, mask_of
 from keras_mha.layers.clean_inputs import clean, spoilt
 from keras_mha.layers.conversion import converted
 from keras_mha.layers.keras_hooks import check_no_hooks
+from keras_mha.layers.memory import projected_memory
 from keras_mha.layers.normalization import QK_NORMS, normalize_heads
 from keras_mha.layers.operands import Operands, operands_of
 from keras_mha.layers.position_bias import PositionBias
@@ -38,14 +38,10 @@ from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
 from keras_mha.masks import (
     Mask,
-    as_booleans,
     intersect,
 )
-from keras_mha.ops import padding
 from keras_mha.ops.dot_product_attention import attend_without_padding, drawn
 from keras_mha.ops.tensors import known_numbers
-
-ATTENTION_SINKS = (None, "zero", "learned")
 
 # Left out of a config while they are at their defaults: Keras's own layer, which does
 # not know them, can then be made from the config too.
@@ -230,22 +226,22 @@ class MultiHeadAttention(keras.layers.Layer):
         super().__init__(**kwargs)
         convert_no_inputs(self)  # `__call__` does
         self.supports_masking = True
-        positive = _checks.positive_integer
+        positive, optional = _checks.positive_integer, options.optional
         self._num_heads = positive("num_heads", num_heads)
         self._key_dim = positive("key_dim", key_dim)
         self._value_dim = (
             self._key_dim if value_dim is None else positive("value_dim", value_dim)
         )
-        self._num_key_value_heads = _checked_key_value_heads(
+        self._num_key_value_heads = options.checked_key_value_heads(
             num_key_value_heads, self._num_heads
         )
         self._dropout = _checks.dropout_rate("dropout", dropout)
         self._use_bias = _checks.boolean("use_bias", use_bias)
         self._use_gate = _checks.boolean("use_gate", use_gate)
-        self._output_shape = _checked_output_shape(output_shape)
+        self._output_shape = options.checked_output_shape(output_shape)
         self._attention_axes = checked_attention_axes(attention_axes)
-        self._sliding_window = _optional(positive, "sliding_window", sliding_window)
-        self._flash_attention = _optional(
+        self._sliding_window = optional(positive, "sliding_window", sliding_window)
+        self._flash_attention = optional(
             _checks.boolean, "flash_attention", flash_attention
         )
         self._qk_norm = _checks.choice("qk_norm", qk_norm, QK_NORMS)
@@ -253,15 +249,21 @@ class MultiHeadAttention(keras.layers.Layer):
             "qk_norm_epsilon", qk_norm_epsilon
         )
         self._attention_sink = _checks.choice(
-            "attention_sink", attention_sink, ATTENTION_SINKS
+            "attention_sink", attention_sink, options.ATTENTION_SINKS
         )
-        self._logit_soft_cap = _optional(
+        self._logit_soft_cap = optional(
             _checks.positive_number, "logit_soft_cap", logit_soft_cap
         )
-        self._scale = _optional(_checks.number, "scale", scale)
-        self.seed = _optional(_checks.integer, "seed", seed)
+        self._scale = optional(_checks.number, "scale", scale)
+        self.seed = optional(_checks.integer, "seed", seed)
         self._drawn_seed = None
-        self.position = self._checked_position(position)
+        self.position = options.checked_position(
+            position,
+            self._attention_axes,
+            self._key_dim,
+            self._num_heads,
+            self.num_key_value_heads,
+        )
         self._place = None if position is None else position.take_place()
 
         self._kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -275,24 +277,6 @@ class MultiHeadAttention(keras.layers.Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_no_hooks(cls, MultiHeadAttention)
-
-    def _checked_position(self, position: Any) -> RotaryEmbedding | PositionBias | None:
-        if position is None:
-            return None
-        if not isinstance(position, RotaryEmbedding | PositionBias):
-            raise TypeError(
-                "`position` must be a RotaryEmbedding, an ALiBi or a "
-                "RelativePositionBias (a layer, not its class). "
-                f"Received: position={position!r} (of type {type(position).__name__})"
-            )
-        if self._attention_axes is not None:
-            input_checks.check_position_axes(position, self._attention_axes)
-        if isinstance(position, RotaryEmbedding):
-            position.check_width(self._key_dim)
-            position.set_heads(self.num_key_value_heads)
-        else:
-            position.set_heads(self._num_heads)
-        return position
 
     # ------------------------------------------------------------------ properties
 
@@ -705,7 +689,7 @@ class MultiHeadAttention(keras.layers.Layer):
                     "`memory` has a batch size and a length of its own. Received: "
                     f"batch_size={batch_size}, max_length={max_length} beside `memory`"
                 )
-            return self._memory_cache(memory, value_mask, dtype)
+            return projected_memory(self, memory, value_mask, dtype)
         if value_mask is not None:
             raise ValueError("`value_mask` belongs to a `memory`, which is not given.")
         batch_size = _checks.positive_integer("batch_size", batch_size)
@@ -716,51 +700,6 @@ class MultiHeadAttention(keras.layers.Layer):
         return kv_cache.empty(
             batch_size, slots, self.num_key_value_heads, widths, dtype
         )
-
-    def _memory_cache(self, memory, value_mask, dtype) -> Cache:
-        is_pair = isinstance(memory, tuple | list)
-        if is_pair and len(memory) != 2:
-            raise ValueError(
-                "`memory` must be a tensor or a pair (value, key). "
-                f"Received: {len(memory)} tensors"
-            )
-        value, key = memory if is_pair else (memory, memory)
-        if self._sliding_window is not None:
-            raise ValueError(
-                "`memory` cannot be kept for a layer with `sliding_window`, which "
-                "counts from the first query. Received: "
-                f"sliding_window={self._sliding_window}"
-            )
-        if not self.built:
-            raise ValueError(
-                "`memory` can only be projected once the layer is built: call it, or "
-                "its `build(query_shape, value_shape)`, first."
-            )
-        if value_mask is None:
-            value_mask = get_keras_mask(value)
-        for x in (value, key):
-            input_checks.check_numbers("memory", ops.convert_to_tensor(x))
-        value, key = (
-            ops.cast(ops.convert_to_tensor(x), self.compute_dtype) for x in (value, key)
-        )
-        shapes = {"value": tuple(value.shape), "key": tuple(key.shape)}
-        input_checks.check_ranks(3, shapes)
-        input_checks.check_feature_widths(self._widths, shapes)
-        input_checks.check_input_shapes(self._axes, shapes["value"], *shapes.values())
-        if value_mask is not None:
-            value_mask = from_list(value_mask)
-            input_checks.check_positions_mask(
-                "value_mask", value_mask, "value", shapes["value"]
-            )
-            value_mask = as_booleans("value_mask", value_mask)
-            value, key = (padding.zero_unless(value_mask, x) for x in (value, key))
-        cache = {
-            "key": ops.cast(self._key_heads(key), dtype),
-            "value": ops.cast(self.value_dense(value), dtype),
-        }
-        if value_mask is not None:
-            cache["mask"] = ops.cast(value_mask, "bool")
-        return cache
 
     # ------------------------------------------------------------------ options
 
@@ -881,31 +820,6 @@ class MultiHeadAttention(keras.layers.Layer):
             # By a pattern: the layer's path may be another one when it is loaded.
             policies[f".*/{dense.name}"] = dense.dtype_policy
         return {"dtype": keras.dtype_policies.serialize(policies)}
-
-
-def _optional(check, name: str, value: Any) -> Any:
-    return None if value is None else check(name, value)
-
-
-def _checked_key_value_heads(value: Any, num_heads: int) -> int | None:
-    if value is None:
-        return None
-    value = _checks.positive_integer("num_key_value_heads", value)
-    if num_heads % value:
-        raise ValueError(
-            "`num_key_value_heads` must divide `num_heads`. Received: "
-            f"num_key_value_heads={value}, num_heads={num_heads}"
-        )
-    return value
-
-
-def _checked_output_shape(value: Any) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    if not isinstance(value, list | tuple):
-        value = (value,)
-    sizes = tuple(_checks.positive_integer("output_shape", size) for size in value)
-    return sizes or None  # Keras's layer takes an empty shape for none given
 
 
 def _copy_of(initializer):
