@@ -168,7 +168,8 @@ def _attend_slices(call, query, key, value):
     position_bias, held = split_tensors(call.position_bias)
     biases = () if call.bias is None else (call.bias,)
     arguments = mask, len(tensors), position_bias, len(held), call.scale
-    given = [query, key, value, *tensors, *held, *biases]
+    # Nothing but these three gets a gradient from slices.
+    given = [query, key, value, *(x.detach() for x in (*tensors, *held, *biases))]
     return as_node(_SlicesNode, arguments, given)
 
 

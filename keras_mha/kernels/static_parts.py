@@ -13,16 +13,20 @@ def as_constants(part: Any) -> Any:
     """Returns parts as tuples of values that are what they are to every compiler:
     `torch.compile` does not hand objects that are made in its program to others."""
     if isinstance(part, Whole):
-        return _WHOLE, part.value
+        return _WHOLE, _settled(part.value)
     if isinstance(part, Function):
         return _FUNCTION, part.function
     if isinstance(part, Parts):
         return _PARTS, as_constants(part.kind), as_constants(part.parts)
     if isinstance(part, tuple):
         return _TUPLE, *(as_constants(each) for each in part)
-    if type(part) in (int, float):
-        return type(part)(f"{part}")  # settles what a compiler leaves open
-    return part
+    return _settled(part)
+
+
+def _settled(value):
+    """Returns a value, as a number that is one where a compiler left it open: what is
+    in a set must be known."""
+    return next(iter({value})) if type(value) in (int, float) else value
 
 
 def from_constants(constants: Any) -> Any:

@@ -196,6 +196,139 @@ def test_dropout_without_a_seed_draws_anew_in_every_call_of_a_program():
         assert all(np.abs(result - other).max() > 1e-3 for other in results[:i])
 
 
+def test_what_is_drawn_without_a_seed_is_what_compilers_are_told():
+    import torch
+
+    inputs = torch.empty(0), 0
+    operator = torch.ops.keras_mha.draw_of_all.default
+    # Those that write machine code would read other numbers than were drawn.
+    torch.library.opcheck(operator, inputs, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_a_checkpoint_may_be_part_of_the_program(seeded):
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = [to_tensor(normal(BATCH, LENGTH, 4, 4)) for _ in range(3)]
+
+    def results(compiler):
+        keras.utils.set_random_seed(0)
+        seed = keras.random.SeedGenerator(3) if seeded else None
+
+        def attend_twice(query, key, value):
+            for _ in range(2):
+                query = keras_mha.dot_product_attention(
+                    query,
+                    key,
+                    value,
+                    dropout=0.4,
+                    seed=seed,
+                    implementation="blockwise",
+                )
+            return query
+
+        def run(*inputs):
+            return checkpoint(attend_twice, *inputs, use_reentrant=False)
+
+        run, found = compiler(run), []
+        for _ in range(2):
+            tensors = [x.clone().requires_grad_() for x in inputs]
+            output = run(*tensors)
+            gradients = torch.autograd.grad(output.cos().sum(), tensors)
+            found += [to_numpy(x.detach()) for x in (output, *gradients)]
+        return found
+
+    assert_all_close(results(compiled), results(lambda function: function))
+
+
+def test_a_program_without_state_leaves_its_inputs_alone():
+    layer = keras_mha.MultiHeadAttention(num_heads=2, key_dim=4, dropout=0.5, seed=3)
+    x = to_tensor(normal(BATCH, 8, WIDTH))
+    layer(x)
+    weights = [weight.value for weight in layer.trainable_variables]
+    (state,) = [weight.value.clone() for weight in layer.non_trainable_variables]
+
+    def run(state):
+        return layer.stateless_call(weights, [state], x, training=True)
+
+    output, (after,) = compiled(run)(state)
+    expected, (expected_after,) = run(state)
+    np.testing.assert_allclose(to_numpy(output), to_numpy(expected), atol=1e-5)
+    np.testing.assert_array_equal(to_numpy(after), to_numpy(expected_after))
+
+
+class Near(masks.Mask):
+    """A mask of a number that may be trained."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def allowed(self, rows, columns):
+        return abs(rows - columns) < self.size
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "fused"])
+def test_masks_may_hold_what_is_trained(implementation):
+    import torch
+
+    length = 520 if implementation == "fused" else LENGTH
+    query, key, value = (to_tensor(normal(1, length, 2, 4)) for _ in range(3))
+    query.requires_grad_()
+    size = to_tensor(np.float32(5)).requires_grad_()
+
+    def gradient(transform):
+        def attend(query):
+            return keras_mha.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=Near(size) & masks.Causal() & masks.SlidingWindow(30),
+                implementation=implementation,
+            )
+
+        output = transform(attend)(query)
+        return to_numpy(torch.autograd.grad(output.cos().sum(), query)[0])
+
+    expected = gradient(lambda function: function)
+    np.testing.assert_allclose(gradient(compiled), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 9, 2), (2.5, 5.5, 9.5, 2.5)])
+def test_masks_of_other_numbers_are_other_kernels(sizes):
+    x = to_tensor(normal(BATCH, LENGTH, 4, 4))
+
+    def attend(x, mask):
+        return keras_mha.dot_product_attention(
+            x, x, x, mask=mask, implementation="blockwise"
+        )
+
+    run = compiled(attend)
+    for size in sizes:
+        expected = to_numpy(attend(x, Near(size)))
+        np.testing.assert_allclose(to_numpy(run(x, Near(size))), expected, atol=1e-5)
+
+
+def test_a_program_gives_tangents_within_a_level_of_forward_mode():
+    import torch
+    from torch.autograd import forward_ad
+
+    x, tangent = (to_tensor(normal(BATCH, LENGTH, 4, 4)) for _ in range(2))
+
+    def attend(x):
+        return keras_mha.dot_product_attention(
+            x, x, x, mask=masks.Causal(), implementation="blockwise"
+        )
+
+    run = compiled(attend)
+    run(x)
+    with forward_ad.dual_level():
+        output = run(forward_ad.make_dual(x, tangent))
+        found = forward_ad.unpack_dual(output).tangent
+    expected = torch.func.jvp(attend, (x,), (tangent,))[1]
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", ["blockwise", "fused"])
 def test_a_program_may_transform_attention(implementation):
     import torch

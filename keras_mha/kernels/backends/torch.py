@@ -249,7 +249,9 @@ def with_gradient(
 def _as_node(forward, backward, problem, tensors):
     """Writes tiles into a program that is compiled."""
     names = tuple(name for name in tensors if name != "mask")
-    given = [tensors[name] for name in names] + list(tensors["mask"])
+    # Masks get no gradient, of floating-point numbers that are trained neither.
+    masks = [x.detach() for x in tensors["mask"]]
+    given = [tensors[name] for name in names] + masks
     arguments = forward, backward, type(problem), tuple(vars(problem).items()), names
     return as_node(_Node, arguments, given)
 

@@ -15,9 +15,8 @@ from torch.autograd import forward_ad
 
 def takes_formula() -> bool:
     """Whether more than a backward pass may be asked of what is computed now."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    is_dual = forward_ad._current_level >= 0
+    return is_dual or torch._C._are_functorch_transforms_active()
 
 
 def of_formula(

@@ -5,6 +5,7 @@ backward pass, with the state of torch's own random generator as it was. So a nu
 from that generator is the same both times, and tells which draw it was.
 """
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable
@@ -53,42 +54,51 @@ def _drawn_by_program(generator, draw):
     if torch.compiler.is_exporting():  # to be run without this package
         return draw(generator)
     if generator is None:
-        return _draw_of_all(_ticket())
+        return _draw_of_all(torch.empty(0, device="cpu"), _ticket())
     if torch._C._are_functorch_transforms_active():
         return draw(generator)
-    return _draw(generator.state.value, id(generator))
+    pair, state = _draw(generator.state.value, id(generator))
+    generator.state.assign(state)  # here, for Keras's `StatelessScope` to see it
+    return pair
 
 
 # What a program asks Python it asks once, when it is written: this it does each time.
-@torch.library.custom_op(
-    "keras_mha::draw", mutates_args=("state",), tags=(torch.Tag.cudagraph_unsafe,)
+# Where a checkpoint is part of the program, the second tag has torch's random state
+# restored before the operator is run again.
+_operator = functools.partial(
+    torch.library.custom_op,
+    mutates_args=(),
+    tags=(torch.Tag.cudagraph_unsafe, torch.Tag.nondeterministic_seeded),
 )
-def _draw(state: torch.Tensor, generator: int) -> torch.Tensor:
-    def draw(seed):
-        pair = state.clone()
-        state[1] += 1  # as `keras.random.SeedGenerator.next` does
-        return pair
 
-    return drawn(generator, draw).clone()
+
+@_operator("keras_mha::draw")
+def _draw(state: torch.Tensor, generator: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what is drawn, and the generator's state after it."""
+    after = state.clone()
+
+    def draw(seed):
+        after[1] += 1  # as `keras.random.SeedGenerator.next` does
+        return state.clone()
+
+    return drawn(generator, draw).clone(), after
 
 
 @_draw.register_fake
 def _(state, generator):
-    return torch.empty_like(state)
+    return torch.empty_like(state), torch.empty_like(state)
 
 
-@torch.library.custom_op(
-    "keras_mha::draw_of_all", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
-def _draw_of_all(ticket: int) -> torch.Tensor:
-    """Draws from Keras's own generator. Equal calls without tensors a compiler takes
-    for one: each has a ticket of its own."""
-    return drawn(None, draw_seed).clone()
+@_operator("keras_mha::draw_of_all")
+def _draw_of_all(empty: torch.Tensor, ticket: int) -> torch.Tensor:
+    """Draws from Keras's own generator. Equal calls a compiler takes for one: each has
+    a ticket of its own. The tensor says whose random state is to be restored."""
+    return drawn(None, draw_seed).to(torch.int32, copy=True)  # as declared below
 
 
 @_draw_of_all.register_fake
-def _(ticket):
-    return ops.convert_to_tensor(torch.empty(2, dtype=torch.int64))
+def _(empty, ticket):
+    return ops.convert_to_tensor(torch.empty(2, dtype=torch.int32))
 
 
 _tickets = itertools.count()
