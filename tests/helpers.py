@@ -6,6 +6,7 @@ that needs it, so that this module loads under every backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -283,3 +284,23 @@ def backend_jit(function: Callable[..., Any], *, xla: bool = False) -> Callable:
     import torch
 
     return torch.compile(function, backend="aot_eager")
+
+
+def skip_unless_one_graph() -> None:
+    """Skips a test where `torch.compile` cannot read this version of Keras at all."""
+    if not _keras_is_one_graph():
+        pytest.skip("torch.compile cannot read the layers of this version of Keras")
+
+
+@functools.cache
+def _keras_is_one_graph():
+    import torch
+
+    layer = keras.layers.Dense(1)
+    x = to_tensor(np.zeros((1, 1)))
+    layer(x)
+    try:
+        torch.compile(lambda x: layer(x), backend="eager", fullgraph=True)(x)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True

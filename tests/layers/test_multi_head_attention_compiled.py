@@ -11,7 +11,7 @@ import pytest
 import keras_mha
 from keras_mha import masks
 from keras_mha.kernels import tiling
-from tests.helpers import only_torch, to_numpy, to_tensor
+from tests.helpers import only_torch, skip_unless_one_graph, to_numpy, to_tensor
 
 pytestmark = only_torch
 
@@ -44,6 +44,7 @@ def small_tiles(monkeypatch):
 def forgotten_programs():
     import torch
 
+    skip_unless_one_graph()
     torch.compiler.reset()
 
 

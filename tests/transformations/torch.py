@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.helpers import to_numpy
+from tests.helpers import skip_unless_one_graph, to_numpy
 from tests.transformations.program import (
     HALF,
     directions,
@@ -36,6 +36,7 @@ def compiled(program):
     """As users do it: the layer itself, of which the gradient is then taken."""
     import torch
 
+    skip_unless_one_graph()
     torch._dynamo.reset()
     program.reset()
     function = torch.compile(program, backend="aot_eager", fullgraph=True)
