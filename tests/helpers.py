@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import keras
@@ -23,6 +24,12 @@ only_tensorflow = pytest.mark.skipif(
 )
 only_torch = pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="speaks of the PyTorch backend"
+)
+
+
+needs_window_of_keras = pytest.mark.skipif(
+    "sliding_window" not in signature(keras.layers.MultiHeadAttention).parameters,
+    reason="the layer of this version of Keras has no sliding_window",
 )
 
 

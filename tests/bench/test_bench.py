@@ -8,6 +8,7 @@ import pytest
 from keras_mha import bench, info
 from keras_mha.__main__ import main
 from keras_mha.bench import machine, timing, worker
+from tests.helpers import needs_window_of_keras
 
 CURRENT = keras.backend.backend()
 
@@ -40,7 +41,15 @@ def test_the_machine_is_described_without_naming_it():
     assert json.loads(json.dumps(found)) == found
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.1, "sliding_window": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param(
+            {"dropout": 0.1, "sliding_window": 4}, marks=needs_window_of_keras
+        ),
+    ],
+)
 def test_a_measurement_times_both_layers(options):
     found = worker.measure(8, options, seconds=0)
     assert set(found) == {"predict", "train"}

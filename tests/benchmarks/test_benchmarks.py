@@ -8,12 +8,14 @@ import pytest
 
 from benchmarks import cases, chinese, contestants, draw, readme, results
 from benchmarks.cases import Case
+from tests.helpers import needs_window_of_keras
 
 BACKEND = keras.backend.backend()
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 
 
+@needs_window_of_keras
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_the_contestants_of_every_case_run(kind):
     case = Case(kind, 8)

@@ -10,10 +10,11 @@ import pytest
 import keras_mha
 from keras_mha.interop import set_projections
 from tests.helpers import to_numpy, to_tensor
-from tests.interop.test_huggingface import config_of, modeling, random
 
 torch = pytest.importorskip("torch", reason="the modules are torch's")
 pytest.importorskip("transformers", reason="runs the modules of transformers")
+
+from tests.interop.test_huggingface import config_of, modeling, random  # noqa: E402
 
 WIDTH, HEADS, TOLERANCE = 48, 4, 1e-4
 

@@ -219,8 +219,12 @@ SCOPES = [
     {"mode": "list_of_layers", "layer_names": ["attention", "attention_6"]},
 ]
 scopes = pytest.mark.parametrize("scope", SCOPES, ids=lambda scope: scope["mode"])
+needs_remat_scope = pytest.mark.skipif(
+    not hasattr(keras, "RematScope"), reason="this version of Keras has no RematScope"
+)
 
 
+@needs_remat_scope
 @scopes
 def test_keras_remat_scope(scope):
     layers = layers_with(name="attention")
@@ -247,12 +251,14 @@ def losses_of_fit(scope, dropout):
     return history.history["loss"]
 
 
+@needs_remat_scope
 @scopes
 def test_fit_under_a_remat_scope_is_fit_without(scope):
     expected = losses_of_fit({"mode": None}, 0.5)
     np.testing.assert_allclose(losses_of_fit(scope, 0.5), expected, rtol=1e-5)
 
 
+@needs_remat_scope
 @scopes
 def test_the_mask_that_a_tensor_carries_comes_into_a_remat_scope(scope):
     mask = to_tensor(np.arange(16) < np.array([[5], [16]]))
@@ -284,6 +290,7 @@ class Doubled(keras_mha.MultiHeadAttention):
         return super().call(x, *args, **kwargs) + super().call(x, *args, **kwargs)
 
 
+@needs_remat_scope
 @pytest.mark.skipif(BACKEND == "jax", reason="a generator cannot leave the scope")
 def test_a_subclass_with_a_call_of_its_own_under_a_remat_scope():
     with keras.RematScope(mode="full"):

@@ -147,6 +147,8 @@ def test_finite_padding_gives_the_numbers_it_gave():
     layer.set_weights(reference.get_weights())
     for each in (reference, layer):
         each(x, x, value_mask=mask)
+    if not reference.losses:
+        pytest.skip("this version of Keras leaves the activity_regularizer out")
     np.testing.assert_allclose(
         sum(map(float, layer.losses)), sum(map(float, reference.losses)), rtol=1e-5
     )
