@@ -423,6 +423,27 @@ def test_a_gradient_that_is_run_twice():
 
 
 @only_torch
+@pytest.mark.parametrize("first", [True, False], ids=["first", "again"])
+def test_only_one_of_the_two_passes_is_compiled(first):
+    """As where the compiler gives up after so many programs. (What is not reentrant
+    torch itself refuses then.)"""
+    layers, passes = layers_with(), []
+
+    def attend(x):
+        return layers[0](x, training=True)
+
+    compiled = backend_jit(attend)
+
+    def either(x):
+        passes.append(x)
+        return (compiled if (len(passes) == 1) == first else attend)(x)
+
+    found = gradients(checkpointed(either, "reentrant"), layers)
+    assert len(passes) == 2
+    assert_same(found, gradients(attend, layers))
+
+
+@only_torch
 @kinds
 @pytest.mark.parametrize("inside", [True, False], ids=["within", "around"])
 def test_a_compiler_around_or_within_the_checkpoint(kind, inside):

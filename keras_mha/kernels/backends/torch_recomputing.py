@@ -34,19 +34,24 @@ def drawn(generator: Any, draw: Callable) -> Any:
     the same again."""
     if torch.compiler.is_compiling():
         return _drawn_by_program(generator, draw)
-    token = _token()
+    token, drawer = _token(), _number_of(generator)
     if token is None:
         return draw(generator)
     if torch._C._current_graph_task_id() == -1:  # not in a backward pass
         result = draw(generator)
-        _drawn[token] = generator, result
+        _drawn[token] = drawer, result
         if len(_drawn) > _MOST:
             _drawn.popitem(last=False)
         return result
-    drawer, result = _drawn.get(token, (None, None))
-    if result is None or drawer != generator:
+    first_drawer, result = _drawn.get(token, (None, None))
+    if result is None or drawer != first_drawer:
         raise RuntimeError(_UNKNOWN)
     return result
+
+
+def _number_of(generator):
+    """What a program knows a generator by: only one of the two passes may be one."""
+    return generator if isinstance(generator, int) else id(generator)
 
 
 def _drawn_by_program(generator, draw):
@@ -57,7 +62,7 @@ def _drawn_by_program(generator, draw):
         return _draw_of_all(torch.empty(0, device="cpu"), _ticket())
     if torch._C._are_functorch_transforms_active():
         return draw(generator)
-    pair, state = _draw(generator.state.value, id(generator))
+    pair, state = _draw(generator.state.value, _number_of(generator))
     generator.state.assign(state)  # here, for Keras's `StatelessScope` to see it
     return pair
 
