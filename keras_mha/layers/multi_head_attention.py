@@ -36,10 +36,7 @@ from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.rematerialization import as_function_of_floats
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
-from keras_mha.masks import (
-    Mask,
-    intersect,
-)
+from keras_mha.masks import Mask, intersect
 from keras_mha.ops.dot_product_attention import attend_without_padding, drawn
 from keras_mha.ops.tensors import known_numbers
 

@@ -14,6 +14,7 @@ from tests.helpers import to_numpy, to_tensor
 torch = pytest.importorskip("torch", reason="the modules are torch's")
 pytest.importorskip("transformers", reason="runs the modules of transformers")
 
+# That module skips itself without these two, and then has nothing to import.
 from tests.interop.test_huggingface import config_of, modeling, random  # noqa: E402
 
 WIDTH, HEADS, TOLERANCE = 48, 4, 1e-4
