@@ -19,6 +19,18 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mha.interop.held import (
+    BACKENDS_OWN,
+    attributes,
+    held_by,
+    held_by_function,
+    holds_parts,
+    is_empty,
+    is_of_tensorflow,
+    is_part,
+    is_variable_of_a_backend,
+)
+
 Layer, Metric = keras.layers.Layer, keras.metrics.Metric
 Optimizer = keras.optimizers.Optimizer
 
@@ -32,20 +44,7 @@ _CHANGED = (
     "_input_spec",
     "activity_regularizer",
 )
-# How backends' own base classes keep track of what a layer holds.
-_BACKENDS_OWN = (
-    "_modules",
-    "_torch_params",
-    "_self_name_based_restores",
-    "_self_saveable_object_factories",
-    "_self_setattr_tracking",
-    "_self_unconditional_",
-    "_self_update_uid",
-)
-_PARTS = (Layer, keras.Variable, Metric, Optimizer, keras.random.SeedGenerator)
 _PLAIN = (bool, int, float, str, type(None))
-# Whose objects are not looked into for layers.
-_LIBRARIES = ("builtins", "jax", "jaxlib", "keras", "numpy", "tensorflow", "torch")
 
 
 class ModelCopy:
@@ -83,10 +82,10 @@ class ModelCopy:
         for kind, method in self._kinds():
             if isinstance(x, kind):
                 return self.remember(x, method(x))
-        if _is_variable_of_a_backend(x):
+        if is_variable_of_a_backend(x):
             return self.remember(x, self._variable_of_a_backend(x))
         self._check_copies(x)
-        return self.remember(x, self._object(x)) if _holds_parts(x) else x
+        return self.remember(x, self._object(x)) if holds_parts(x) else x
 
     def _kinds(self) -> tuple:
         return (
@@ -177,7 +176,7 @@ class ModelCopy:
         _, sublayers = layer._tracker.config["layers"]
         for sublayer in sublayers:
             new._tracker.track(self.copy(sublayer))
-        for name, value in _attributes(layer):
+        for name, value in attributes(layer):
             if _is_of_training(layer, name, value):
                 vars(new)[name] = None
             elif name in made:
@@ -186,7 +185,7 @@ class ModelCopy:
             elif (
                 id(value) in tracked
                 or hasattr(value, "tracker")
-                or _is_variable_of_a_backend(value)  # the backend tracks those
+                or is_variable_of_a_backend(value)  # the backend tracks those
             ):
                 Layer.__setattr__(new, name, self.copy(value))
             else:
@@ -218,7 +217,7 @@ class ModelCopy:
         for keras_variable in self._variables:
             if keras_variable.value is variable:
                 return self.copy(keras_variable).value
-        if not _is_of_tensorflow(variable):
+        if not is_of_tensorflow(variable):
             return shallow.deepcopy(variable)
         # Its `deepcopy` would forget which lengths may change.
         return sys.modules["tensorflow"].Variable(
@@ -253,7 +252,7 @@ class ModelCopy:
         for name, value in vars(x).items():
             if name.removeprefix("_") in tracked:
                 vars(new)[name] = tracked[name.removeprefix("_")][1]
-            elif name != "_tracker" and not name.startswith(_BACKENDS_OWN):
+            elif name != "_tracker" and not name.startswith(BACKENDS_OWN):
                 vars(new)[name] = self.copy(value)
         if isinstance(x, Optimizer):
             self._exchange_keys(x, new)
@@ -301,7 +300,7 @@ class ModelCopy:
         )
         vars(new).update(vars(function))
         self.remember(function, new)  # it may hold itself
-        old, copies = list(_held_by_function(function)), []
+        old, copies = list(held_by_function(function)), []
         for value in old:
             copies.append(self.copy(value))
         if all(a is b or b is new for a, b in zip(old, copies, strict=True)):
@@ -313,7 +312,7 @@ class ModelCopy:
         names = function.__kwdefaults__ or {}
         new.__kwdefaults__ = {name: next(rest) for name in names} or None
         for cell, original in zip(cells, function.__closure__ or (), strict=True):
-            if not _is_empty(original):
+            if not is_empty(original):
                 cell.cell_contents = next(rest)
         return new
 
@@ -370,9 +369,7 @@ class ModelCopy:
     def _check_apart(self, copy: Layer) -> None:
         """Raises if a part of the original can be reached from its copy."""
         parts = {
-            id(x)
-            for x in self._originals
-            if _is_part(x) and self.copies[id(x)] is not x
+            id(x) for x in self._originals if is_part(x) and self.copies[id(x)] is not x
         }
         seen, waiting = set(), [copy]
         while waiting:
@@ -380,7 +377,7 @@ class ModelCopy:
             if id(x) in seen:
                 continue
             seen.add(id(x))
-            for held in _held_by(x):
+            for held in held_by(x):
                 if id(held) in parts:
                     raise ValueError(
                         "`model` holds a part of itself in a way that cannot be "
@@ -388,70 +385,6 @@ class ModelCopy:
                         f"{type(held).__name__} {getattr(held, 'name', '')!r}"
                     )
                 waiting.append(held)
-
-
-def _held_by(x: Any) -> Iterator[Any]:
-    """Yields what an object holds, as far as that may be part of a model."""
-    if isinstance(x, Layer):
-        yield from (value for _, value in _attributes(x))
-    elif isinstance(x, Metric | Optimizer):
-        yield from vars(x).values()
-    elif isinstance(x, dict | types.MappingProxyType):
-        yield from x.values()
-    elif isinstance(x, list | tuple | set | frozenset | deque):
-        yield from x
-    elif isinstance(x, types.MethodType):
-        yield x.__self__
-    elif isinstance(x, types.FunctionType):
-        yield from _held_by_function(x)
-    elif isinstance(x, functools.partial):
-        yield from (x.func, x.args, x.keywords)
-    elif type(x).__module__.partition(".")[0] not in _LIBRARIES:
-        yield from list(getattr(x, "__dict__", {}).values())
-
-
-def _held_by_function(function: types.FunctionType) -> Iterator[Any]:
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    for cell in function.__closure__ or ():
-        if not _is_empty(cell):
-            yield cell.cell_contents
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-def _holds_parts(x: Any) -> bool:
-    """Whether an object of somebody's own class holds what is copied."""
-    seen, waiting = set(), list(_held_by(x)) if hasattr(x, "__dict__") else []
-    while waiting:
-        held = waiting.pop()
-        if _is_part(held):
-            return True
-        if id(held) not in seen:
-            seen.add(id(held))
-            waiting.extend(_held_by(held))
-    return False
-
-
-def _is_part(x: Any) -> bool:
-    return isinstance(x, _PARTS) or _is_variable_of_a_backend(x)
-
-
-def _is_variable_of_a_backend(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    is_of_torch = torch is not None and isinstance(x, torch.nn.Parameter)
-    return is_of_torch or _is_of_tensorflow(x)
-
-
-def _is_of_tensorflow(x: Any) -> bool:
-    tensorflow = sys.modules.get("tensorflow")
-    return tensorflow is not None and isinstance(x, tensorflow.Variable)
 
 
 def _is_functional(layer: Layer) -> bool:
@@ -464,17 +397,6 @@ def _is_of_training(layer: Layer, name: str, value: Any) -> bool:
     return isinstance(value, keras.callbacks.Callback) or (
         isinstance(layer, keras.Model) and is_made_again
     )
-
-
-def _attributes(layer: Layer) -> Iterator[tuple[str, Any]]:
-    """Yields a layer's attributes, which PyTorch keeps in several places."""
-    kept = [vars(layer)]
-    if keras.backend.backend() == "torch":
-        kept += [layer._modules, layer._parameters]
-    for attributes in kept:
-        for name, value in tuple(attributes.items()):
-            if not name.startswith(_BACKENDS_OWN):
-                yield name, value
 
 
 def value_of(variable: keras.Variable) -> np.ndarray:

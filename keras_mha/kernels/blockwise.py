@@ -30,50 +30,23 @@ References:
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from keras import ops
 
-from keras_mha._keras import Tensor, at_least_float32, dtype_name, is_float, larger
-from keras_mha._lengths import unless_one
-from keras_mha.kernels import backends, dropout, tiling
+from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
+from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import LOWEST, mask_block
-from keras_mha.kernels.parts import join_tensors, split_tensors
-from keras_mha.kernels.walk import Place, Walk
-from keras_mha.masks import whole_tile
+from keras_mha.kernels.masking import LOWEST
+from keras_mha.kernels.problem import Problem, prepared
+from keras_mha.kernels.tile_scores import TileScores
+from keras_mha.kernels.walk import Place
+from keras_mha.kernels.whole import whole
 
 # The largest logit of a row that has none yet: a little above what masks, so that the
 # exponential of what is masked is 0 against it.
 _NO_LOGIT = 0.999 * LOWEST
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What of a call is no tensor. Equal problems can share a compiled program.
-
-    Args:
-        scale: Factor of the dot products.
-        logit_soft_cap: As in `AttentionCall`.
-        dropout: Share of the attention weights to drop, less than 1.
-        mask: The mask without its tensors.
-        position_bias: The bias object without its tensors.
-        position_tensors: Names of the tensors that it holds, in order.
-        differentiable: Names of the tensors that have gradients.
-        groups_at_once: As in `Walk`.
-        tile: As in `Walk`.
-    """
-
-    scale: float
-    logit_soft_cap: float | None
-    dropout: float
-    mask: Any
-    position_bias: Any
-    position_tensors: tuple[str, ...]
-    differentiable: tuple[str, ...]
-    groups_at_once: int | None
-    tile: int | None
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -99,60 +72,12 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
     """
     batch, rows, heads, _ = ops.shape(call.query)
     shape = (batch, rows, heads, call.value.shape[3])
-    problem, tensors = _prepared(call)
+    problem, tensors = prepared(call)
     output = backends.current().with_gradient(
         forward, backward, whole, problem, tensors
     )
     output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
     return ops.reshape(output, shape), None
-
-
-def _prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
-    batch, rows, heads, width = ops.shape(call.query)
-    groups = call.key.shape[2]
-    shared = heads // groups
-    query = ops.reshape(call.query, (batch, rows, groups, shared, width))
-    tensors = {
-        "query": ops.transpose(query, (0, 2, 4, 3, 1)),
-        "key": ops.transpose(call.key, (0, 2, 3, 1)),
-        "value": ops.transpose(call.value, (0, 2, 3, 1)),
-    }
-    if call.bias is not None:
-        shape = ops.shape(call.bias)
-        by_head = (unless_one(shape[1], groups), unless_one(shape[1], shared))
-        tensors["bias"] = ops.reshape(call.bias, (shape[0], *by_head, *shape[2:]))
-    if call.sink is not None:
-        sink = ops.broadcast_to(call.sink, (heads,))
-        tensors["sink"] = ops.reshape(sink, (groups, shared))
-    position_bias, held = split_tensors(call.position_bias)
-    held = {f"position_bias_{i}": tensor for i, tensor in enumerate(held)}
-    differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))
-    tensors |= held
-    if call.dropout:
-        tensors["seed"] = dropout.seed_of(call)
-    mask, tensors["mask"] = split_tensors(call.mask)
-    problem = Problem(
-        scale=call.scale,
-        logit_soft_cap=call.logit_soft_cap,
-        dropout=call.dropout,
-        mask=mask,
-        position_bias=None if call.position_bias is None else position_bias,
-        position_tensors=tuple(held),
-        differentiable=differentiable,
-        groups_at_once=_groups_at_once(call),
-        tile=tiling.TILE,
-    )
-    return problem, tensors
-
-
-def _groups_at_once(call: AttentionCall) -> int | None:
-    """A CPU wants a tile that fits its cache, others as much work as they can get."""
-    backend = backends.current()
-    if not backend.on_cpu(call.query):
-        return None
-    heads, groups = call.query.shape[2], call.key.shape[2]
-    most = max(backend.HEADS_PER_TILE * groups // heads, 1)
-    return max(n for n in range(1, most + 1) if groups % n == 0)
 
 
 def _by_length(
@@ -163,11 +88,11 @@ def _by_length(
     rows, columns = ops.shape(tensors["query"])[4], ops.shape(tensors["key"])[3]
     if isinstance(rows, int) and isinstance(columns, int):
         return function(problem, tensors, *others)
-    whole = replace(problem, groups_at_once=None, tile=None)
+    in_one_tile = replace(problem, groups_at_once=None, tile=None)
     most_rows = (backend.FEW_SCORES - 1) // larger(columns, 1)
     return backend.either(
         rows <= most_rows,  # rows * columns might not fit into 32 bits
-        lambda: function(whole, tensors, *others),
+        lambda: function(in_one_tile, tensors, *others),
         lambda: function(problem, tensors, *others),
     )
 
@@ -190,7 +115,7 @@ def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _forward(problem, tensors):
-    scores = _Scores(problem, tensors)
+    scores = TileScores(problem, tensors)
     walk, width = scores.walk, tensors["value"].shape[2]
 
     def visit_row(row, results):
@@ -209,7 +134,7 @@ def _forward(problem, tensors):
     return walk.joined_rows(outputs), walk.joined_rows(norms)
 
 
-def _attend_rows(scores: "_Scores", row: Place) -> tuple[Tensor, Tensor]:
+def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
     """Returns the output `(heads, V, G * rows)` and lse `(heads, 1, G * rows)`."""
     walk, tensors = scores.walk, scores.tensors
     query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
@@ -269,7 +194,7 @@ def _backward(problem, tensors, output, lse, d_output):
     # What the softmax takes from every logit's gradient, one number a row.
     share = ops.sum(d_output * ops.cast(output, dtype), axis=2, keepdims=True)
     tensors = tensors | {"lse": lse, "d_output": d_output, "share": share}
-    scores = _Scores(problem, tensors)
+    scores = TileScores(problem, tensors)
     walk = scores.walk
 
     def visit_row(row, results):
@@ -307,7 +232,7 @@ def _backward(problem, tensors, output, lse, d_output):
     }
 
 
-def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
+def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
     """Returns the rows' gradient of the scaled query, `(heads, H, G * rows)`, and the
     results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
@@ -351,143 +276,3 @@ def _differentiate_rows(scores: "_Scores", row: Place, results: list) -> tuple:
         return add(place, sums, step(place, allowed))
 
     return walk.for_each_tile(row, visit_tile, (ops.zeros_like(query), *results))
-
-
-def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
-    """Attends with all scores at once, by operations that have every derivative.
-
-    The same weights are dropped as in tiles.
-
-    Args:
-        problem: As of `forward`.
-        tensors: As of `forward`.
-
-    Returns:
-        The output, shape `(B, K, V, G, T)`.
-    """
-    # Nothing is cut here: in XLA's programs of TensorFlow, the gradient of a piece that
-    # was cut out has no gradient.
-    scores = _Scores(replace(problem, groups_at_once=None, tile=None), tensors)
-    walk, place = (
-        scores.walk,
-        Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0),
-    )
-    query, key, value = (_folded(tensors[name]) for name in ("query", "key", "value"))
-    logits = walk.backend.scores(query * problem.scale, key)
-    if problem.logit_soft_cap is not None:
-        logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)
-    logits = walk.by_head(logits)
-    logits, seen = scores.whole(logits, place)
-    if "sink" in tensors:
-        sink = ops.cast(tensors["sink"], walk.dtype)[None, :, :, None, None]
-        sink = ops.broadcast_to(sink, ops.shape(logits[..., :1]))
-        logits = ops.concatenate([logits, sink], axis=-1)
-    # As a tuple where there is one key: of an int, Keras would warn.
-    weights = ops.softmax(logits, axis=(4,) if logits.shape[4] == 1 else -1)
-    weights = weights[..., : ops.shape(seen)[4]] / (1.0 - problem.dropout)
-    weights = walk.folded_scores(ops.where(seen, weights, ops.cast(0.0, walk.dtype)))
-    output = walk.backend.to_rows(scores.dropped(place)(weights), value)
-    batch, groups, _, shared, rows = ops.shape(tensors["query"])
-    output = ops.reshape(output, (batch, groups, ops.shape(value)[1], shared, rows))
-    return ops.cast(output, dtype_name(tensors["query"]))
-
-
-def _folded(x: Tensor) -> Tensor:
-    """Returns all of a tensor as `Walk` cuts it, in float32 at least."""
-    batch, groups, width, *positions = ops.shape(x)
-    x = ops.reshape(x, (batch * groups, width, math.prod(positions)))
-    return at_least_float32(x)
-
-
-class _Scores:
-    """The tiles of the score matrix, as forward and backward pass both need them."""
-
-    def __init__(self, problem: Problem, tensors: dict[str, Any]):
-        self.problem, self.tensors = problem, tensors
-        mask = join_tensors(problem.mask, tensors["mask"])
-        self.position_weights = tuple(
-            name for name in problem.position_tensors if name in problem.differentiable
-        )
-        query, key = tensors["query"], tensors["key"]
-        self.walk = Walk(query, key, mask, problem.groups_at_once, problem.tile)
-
-    def logits(
-        self, query: Tensor, place: Place, allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Returns a tile of logits, `(heads, G * rows, columns)`, minus infinity where
-        masked, and the soft cap's derivative (`None` without a cap)."""
-        walk, slope = self.walk, None
-        key = walk.cut_columns(self.tensors["key"], place)
-        logits = walk.backend.scores(query, key)
-        if (cap := self.problem.logit_soft_cap) is not None:
-            capped = ops.tanh(logits / cap)
-            logits, slope = cap * capped, 1.0 - capped * capped
-        has_position_bias = self.problem.position_bias is not None
-        if allowed is None and "bias" not in self.tensors and not has_position_bias:
-            return logits, slope
-        logits = walk.by_head(logits)
-        if "bias" in self.tensors:
-            bias = walk.cut_scores(self.tensors["bias"], place)
-            logits = logits + ops.cast(bias, walk.dtype)
-        if has_position_bias:
-            logits = logits + self._position_bias(place)
-        if allowed is not None:
-            # Added, not chosen by: the small tile is made once for all heads.
-            logits = logits + ops.where(
-                allowed, ops.cast(0.0, walk.dtype), ops.cast(-math.inf, walk.dtype)
-            )
-        return walk.folded_scores(logits), slope
-
-    def _position_bias(self, place: Place, **weights: Tensor) -> Tensor:
-        """Returns a tile of the position's bias, with these weights in it if given."""
-        names = self.problem.position_tensors
-        held = tuple(weights.get(name, self.tensors[name]) for name in names)
-        bias = join_tensors(self.problem.position_bias, held)
-        return ops.cast(self.walk.bias_block(bias, place), self.walk.dtype)
-
-    def position_gradients(self, place: Place, d_logits: Tensor) -> tuple[Tensor, ...]:
-        """Returns what a tile adds to the gradients of `position_weights`."""
-        names, walk = self.position_weights, self.walk
-        if not names:
-            return ()
-        gradients = walk.backend.pull_back(
-            lambda *weights: self._position_bias(
-                place, **dict(zip(names, weights, strict=True))
-            ),
-            tuple(self.tensors[name] for name in names),
-            lambda block: walk.summed_like(d_logits, block),
-        )
-        return tuple(ops.cast(gradient, walk.dtype) for gradient in gradients)
-
-    def whole(self, logits: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Returns all logits by head with their biases, and which of them are seen,
-        those that are not so low that no softmax sees them."""
-        walk = self.walk
-        tile = whole_tile(walk.rows.length, walk.columns.length)
-        if "bias" in self.tensors:
-            logits = logits + ops.cast(self.tensors["bias"], walk.dtype)
-        if self.problem.position_bias is not None:
-            held = tuple(self.tensors[name] for name in self.problem.position_tensors)
-            bias = join_tensors(self.problem.position_bias, held)
-            block = walk.block_by_head(bias.block(tile), tile, place)
-            logits = logits + ops.cast(block, walk.dtype)
-        seen = logits > LOWEST
-        if walk.mask is not None:
-            heads = walk.groups * walk.shared
-            block = mask_block(walk.mask, tile, walk.static_batch, heads)
-            seen = ops.logical_and(seen, walk.block_by_head(block, tile, place))
-        return ops.where(seen, logits, ops.cast(LOWEST, walk.dtype)), seen
-
-    def dropped(self, place: Place) -> Callable[[Tensor], Tensor]:
-        """Returns what drops weights of a tile, without scaling up the rest."""
-        if not self.problem.dropout:
-            return lambda weights: weights
-        walk = self.walk
-        kept = dropout.kept(
-            self.tensors["seed"],
-            self.problem.dropout,
-            walk.head_index(place),
-            walk.tile(place),
-        )
-        kept = walk.folded_scores(kept)
-        return lambda weights: walk.backend.keep(weights, kept)

@@ -1,0 +1,88 @@
+"""A call for tiles, parted into what a program is made for and the tensors it takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_mha._keras import is_float
+from keras_mha._lengths import unless_one
+from keras_mha.kernels import backends, dropout, tiling
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.parts import split_tensors
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What of a call is no tensor. Equal problems can share a compiled program.
+
+    Args:
+        scale: Factor of the dot products.
+        logit_soft_cap: As in `AttentionCall`.
+        dropout: Share of the attention weights to drop, less than 1.
+        mask: The mask without its tensors.
+        position_bias: The bias object without its tensors.
+        position_tensors: Names of the tensors that it holds, in order.
+        differentiable: Names of the tensors that have gradients.
+        groups_at_once: As in `Walk`.
+        tile: As in `Walk`.
+    """
+
+    scale: float
+    logit_soft_cap: float | None
+    dropout: float
+    mask: Any
+    position_bias: Any
+    position_tensors: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    groups_at_once: int | None
+    tile: int | None
+
+
+def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
+    """Returns a call's problem, and its tensors as `blockwise.forward` takes them."""
+    batch, rows, heads, width = ops.shape(call.query)
+    groups = call.key.shape[2]
+    shared = heads // groups
+    query = ops.reshape(call.query, (batch, rows, groups, shared, width))
+    tensors = {
+        "query": ops.transpose(query, (0, 2, 4, 3, 1)),
+        "key": ops.transpose(call.key, (0, 2, 3, 1)),
+        "value": ops.transpose(call.value, (0, 2, 3, 1)),
+    }
+    if call.bias is not None:
+        shape = ops.shape(call.bias)
+        by_head = (unless_one(shape[1], groups), unless_one(shape[1], shared))
+        tensors["bias"] = ops.reshape(call.bias, (shape[0], *by_head, *shape[2:]))
+    if call.sink is not None:
+        sink = ops.broadcast_to(call.sink, (heads,))
+        tensors["sink"] = ops.reshape(sink, (groups, shared))
+    position_bias, held = split_tensors(call.position_bias)
+    held = {f"position_bias_{i}": tensor for i, tensor in enumerate(held)}
+    differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))
+    tensors |= held
+    if call.dropout:
+        tensors["seed"] = dropout.seed_of(call)
+    mask, tensors["mask"] = split_tensors(call.mask)
+    problem = Problem(
+        scale=call.scale,
+        logit_soft_cap=call.logit_soft_cap,
+        dropout=call.dropout,
+        mask=mask,
+        position_bias=None if call.position_bias is None else position_bias,
+        position_tensors=tuple(held),
+        differentiable=differentiable,
+        groups_at_once=_groups_at_once(call),
+        tile=tiling.TILE,
+    )
+    return problem, tensors
+
+
+def _groups_at_once(call: AttentionCall) -> int | None:
+    """A CPU wants a tile that fits its cache, others as much work as they can get."""
+    backend = backends.current()
+    if not backend.on_cpu(call.query):
+        return None
+    heads, groups = call.query.shape[2], call.key.shape[2]
+    most = max(backend.HEADS_PER_TILE * groups // heads, 1)
+    return max(n for n in range(1, most + 1) if groups % n == 0)
