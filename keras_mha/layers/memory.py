@@ -8,6 +8,7 @@ from keras_mha._keras import Tensor, get_keras_mask
 from keras_mha.layers import input_checks
 from keras_mha.layers.arguments import from_list
 from keras_mha.layers.cache import Cache
+from keras_mha.layers.projections import key_heads, value_heads
 from keras_mha.masks import as_booleans
 from keras_mha.ops import padding
 
@@ -63,8 +64,8 @@ def projected_memory(
         value_mask = as_booleans("value_mask", value_mask)
         value, key = (padding.zero_unless(value_mask, x) for x in (value, key))
     cache = {
-        "key": ops.cast(layer._key_heads(key), dtype),
-        "value": ops.cast(layer._value_heads(value), dtype),
+        "key": ops.cast(key_heads(layer, key), dtype),
+        "value": ops.cast(value_heads(layer, value), dtype),
     }
     if value_mask is not None:
         cache["mask"] = ops.cast(value_mask, "bool")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-import string
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +14,6 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     convert_no_inputs,
-    kernel_variable,
     parts_not_rematerialized,
     set_keras_mask,
     told_as_it_is,
@@ -24,21 +23,20 @@ from keras_mha.layers import input_checks, options, recording
 from keras_mha.layers.arguments import Call, filled
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
-from keras_mha.layers.cache_checks import check_one_axis
 from keras_mha.layers.call_masks import bias_of, mask_of
 from keras_mha.layers.clean_inputs import clean, spoilt
 from keras_mha.layers.conversion import converted
 from keras_mha.layers.keras_hooks import check_no_hooks
-from keras_mha.layers.memory import projected_memory
-from keras_mha.layers.normalization import QK_NORMS, normalize_heads
+from keras_mha.layers.new_cache import new_cache
+from keras_mha.layers.normalization import QK_NORMS
 from keras_mha.layers.operands import Operands, operands_of
 from keras_mha.layers.position_bias import PositionBias
-from keras_mha.layers.rematerialization import as_function_of_floats
+from keras_mha.layers.projections import add_projections, quantized_dtype
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
+from keras_mha.layers.training import as_trained, rematerializable
 from keras_mha.masks import Mask, intersect
-from keras_mha.ops.dot_product_attention import attend_without_padding, drawn
-from keras_mha.ops.tensors import known_numbers
+from keras_mha.ops.dot_product_attention import attend_without_padding
 
 # Left out of a config while they are at their defaults: Keras's own layer, which does
 # not know them, can then be made from the config too.
@@ -322,22 +320,10 @@ class MultiHeadAttention(keras.layers.Layer):
 
     # Converters written for Keras's layer read the projections under these names.
     # Saving goes by public names first, so that these do not show in files.
-
-    @property
-    def _query_dense(self) -> keras.layers.EinsumDense:
-        return self.query_dense
-
-    @property
-    def _key_dense(self) -> keras.layers.EinsumDense:
-        return self.key_dense
-
-    @property
-    def _value_dense(self) -> keras.layers.EinsumDense:
-        return self.value_dense
-
-    @property
-    def _output_dense(self) -> keras.layers.EinsumDense:
-        return self.output_dense
+    _query_dense = property(operator.attrgetter("query_dense"))
+    _key_dense = property(operator.attrgetter("key_dense"))
+    _value_dense = property(operator.attrgetter("value_dense"))
+    _output_dense = property(operator.attrgetter("output_dense"))
 
     # ------------------------------------------------------------------ weights
 
@@ -371,76 +357,8 @@ class MultiHeadAttention(keras.layers.Layer):
             "key": key_shape[-1],
         }
         with parts_not_rematerialized(self):
-            self._make_projections(query_shape, value_shape, key_shape)
+            add_projections(self, query_shape, value_shape, key_shape)
         self._add_own_weights()
-
-    def _make_projections(self, query_shape, value_shape, key_shape) -> None:
-        heads, groups = self._num_heads, self.num_key_value_heads
-        # In the order of Keras's layer, which files of LoRA weights and equal initial
-        # weights from equal seeds both count on.
-        self.query_dense = self._projection("query", query_shape, heads, self._key_dim)
-        self.key_dense = self._projection("key", key_shape, groups, self._key_dim)
-        if self._use_gate:
-            self._gate_dense = self._projection(
-                "gate", query_shape, heads, self._value_dim, activation="sigmoid"
-            )
-        self.value_dense = self._projection(
-            "value", value_shape, groups, self._value_dim
-        )
-        self._dropout_layer = keras.layers.Dropout(
-            self._dropout, dtype=self.dtype_policy, seed=self.seed
-        )
-        self.output_dense = self._output_projection(query_shape)
-
-    def _projection(
-        self, name: str, shape: Shape, heads: int, width: int, activation=None
-    ) -> keras.layers.EinsumDense:
-        """Makes `(B, *positions, D) -> (B, *positions, heads, width)`."""
-        positions = string.ascii_lowercase[: len(shape) - 1]
-        dense = keras.layers.EinsumDense(
-            f"{positions}X,XYZ->{positions}YZ",
-            output_shape=(None,) * (len(shape) - 2) + (heads, width),
-            bias_axes="YZ" if self._use_bias else None,
-            activation=activation,
-            name=name,
-            **self._sublayer_arguments(name),
-        )
-        # It need not warn that it loses the input's mask; this layer keeps it.
-        dense.supports_masking = True
-        dense.build(shape)
-        return dense
-
-    def _output_projection(self, query_shape: Shape) -> keras.layers.EinsumDense:
-        """Makes `(B, *positions, N, V) -> (B, *positions, *output_shape)`."""
-        positions = string.ascii_lowercase[: len(query_shape) - 1]
-        output_shape = self._output_shape or (query_shape[-1],)
-        outputs = string.ascii_uppercase[: len(output_shape)]
-        dense = keras.layers.EinsumDense(
-            f"{positions}YZ,YZ{outputs}->{positions}{outputs}",
-            output_shape=(None,) * (len(query_shape) - 2) + output_shape,
-            bias_axes=outputs if self._use_bias else None,
-            name="attention_output",
-            **self._sublayer_arguments("attention_output"),
-        )
-        dense.build((*query_shape[:-1], self._num_heads, self._value_dim))
-        return dense
-
-    def _sublayer_arguments(self, name: str) -> dict[str, Any]:
-        policy = self.dtype_policy
-        if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
-            # Its own part of the map, which quantization can then change.
-            policy = policy[f"{self.path}/{name}"]
-        return {
-            # A copy each: the same initializer twice would give the same weights.
-            "kernel_initializer": _copy_of(self._kernel_initializer),
-            "bias_initializer": _copy_of(self._bias_initializer),
-            "kernel_regularizer": self._kernel_regularizer,
-            "bias_regularizer": self._bias_regularizer,
-            "activity_regularizer": self._activity_regularizer,
-            "kernel_constraint": self._kernel_constraint,
-            "bias_constraint": self._bias_constraint,
-            "dtype": policy,
-        }
 
     def _add_own_weights(self) -> None:
         self.query_norm_scale = self.key_norm_scale = self.sink = None
@@ -544,9 +462,9 @@ class MultiHeadAttention(keras.layers.Layer):
             *heads,
             **arguments,
             return_scores=return_scores,
-            implementation=self._implementation(),
+            implementation=options.implementation_of(self._flash_attention),
         )
-        result = self._as_trained(attend, call.training)
+        result = as_trained(self, attend, call.training)
         heads, scores = result if return_scores else (result, None)
         heads = ops.cast(heads, self.compute_dtype)
         if operands.new_tokens is not None:
@@ -555,63 +473,11 @@ class MultiHeadAttention(keras.layers.Layer):
             scores = ops.cast(scores, self.compute_dtype)
         return heads, scores
 
-    def _as_trained(self, attend, training):
-        """Runs `attend`, with dropout if `training`, which a program may learn late."""
-        if self._dropout == 0:
-            return attend(dropout=0.0)
-        if ops.is_tensor(training):
-            known = known_numbers(training)
-            training = training if known is None else bool(known)
-        if not ops.is_tensor(training):
-            if not training:
-                return attend(dropout=0.0)
-            return attend(dropout=self._dropout, seed=self._seed())
-        seed = drawn(self._seed())  # a generator's state cannot leave a branch
-        return ops.cond(
-            training,
-            lambda: attend(dropout=self._dropout, seed=seed),
-            lambda: attend(dropout=0.0),
-        )
-
-    def _seed(self):
-        """Returns where dropout's numbers come from: a seed drawn already, once."""
-        if self._drawn_seed is None:
-            return self._dropout_layer.seed_generator
-        seed, self._drawn_seed = self._drawn_seed, None
-        return seed
-
     def rematerialized_call(self, layer_call: Callable, *args: Any, **kwargs: Any):
         """Has Keras compute the call again for its gradient: `keras.RematScope`."""
-        training, seed = kwargs.get("training"), None
-        if self._dropout and (ops.is_tensor(training) or training):
-            seed = drawn(self._seed())  # once, for both times
-
-        def call(*args, **kwargs):
-            self._drawn_seed = seed
-            try:
-                return layer_call(*args, **kwargs)
-            finally:
-                self._drawn_seed = None
-
-        call, floats = as_function_of_floats(call, args, kwargs)
+        call, floats = rematerializable(self, layer_call, args, kwargs)
         call = super().rematerialized_call(call, *args, **kwargs)
         return lambda *args, **kwargs: call(*floats)
-
-    # ------------------------------------------------------------------ heads
-
-    def _query_heads(self, query: Tensor) -> Tensor:
-        heads = self._normalized(self.query_dense(query), self.query_norm_scale)
-        return self._axes.fold(heads)
-
-    def _key_heads(self, key: Tensor) -> Tensor:
-        if self.num_key_value_heads < self._num_heads:
-            kernel = kernel_variable(self.key_dense).value
-            input_checks.check_shared_heads(kernel, self.num_key_value_heads)
-        heads = self._normalized(self.key_dense(key), self.key_norm_scale)
-        return self._axes.fold(heads)
-
-    def _value_heads(self, value: Tensor) -> Tensor:
-        return self._axes.fold(self.value_dense(value))
 
     @property
     def _position_axes(self) -> int:
@@ -673,48 +539,12 @@ class MultiHeadAttention(keras.layers.Layer):
         >>> cache["length"]
         [11, 11]
         """
-        check_one_axis(self._position_axes)
-        dtype = keras.backend.standardize_dtype(dtype or self.compute_dtype)
-        if "float" not in dtype:
-            raise TypeError(
-                "`dtype` of a cache must be a floating-point one. "
-                f"Received: dtype={dtype}"
-            )
-        if memory is not None:
-            if batch_size is not None or max_length is not None:
-                raise ValueError(
-                    "`memory` has a batch size and a length of its own. Received: "
-                    f"batch_size={batch_size}, max_length={max_length} beside `memory`"
-                )
-            return projected_memory(self, memory, value_mask, dtype)
-        if value_mask is not None:
-            raise ValueError("`value_mask` belongs to a `memory`, which is not given.")
-        batch_size = _checks.positive_integer("batch_size", batch_size)
-        slots = _checks.positive_integer("max_length", max_length)
-        if self._sliding_window is not None:
-            slots = min(slots, self._sliding_window)
-        widths = self._key_dim, self._value_dim
-        return kv_cache.empty(
-            batch_size, slots, self.num_key_value_heads, widths, dtype
-        )
+        return new_cache(self, batch_size, max_length, dtype, memory, value_mask)
 
     # ------------------------------------------------------------------ options
 
-    def _normalized(self, heads: Tensor, scale: Tensor | None) -> Tensor:
-        if self._qk_norm is None:
-            return heads
-        return normalize_heads(heads, self._qk_norm, self._qk_norm_epsilon, scale)
-
     def _sink_logits(self) -> Tensor | float | None:
         return 0.0 if self._attention_sink == "zero" else self.sink
-
-    def _implementation(self) -> str:
-        flash_attention = self._flash_attention
-        if flash_attention is None:
-            flash_attention = keras.config.is_flash_attention_enabled()
-            # Keras's switch can turn fused kernels off; on is what happens anyway.
-            return "reference" if flash_attention is False else "auto"
-        return "flash" if flash_attention else "reference"
 
     # ------------------------------------------------------------------ symbolic
 
@@ -787,7 +617,7 @@ class MultiHeadAttention(keras.layers.Layer):
         }
         if self.position is not None:
             beyond["position"] = self.position.config_in(self._place)
-        return {**super().get_config(), **config, **beyond, **self._dtype_config()}
+        return {**super().get_config(), **config, **beyond, **quantized_dtype(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "MultiHeadAttention":
@@ -799,25 +629,3 @@ class MultiHeadAttention(keras.layers.Layer):
         if place is not None:
             layer._place = place
         return layer
-
-    def _dtype_config(self) -> dict[str, Any]:
-        """The dtype policy with what `quantize()` has made of the projections."""
-        projections = [
-            layer
-            for layer in self._flatten_layers(include_self=False)
-            if isinstance(layer, keras.layers.EinsumDense)
-        ]
-        if all(dense.quantization_mode is None for dense in projections):
-            return {}
-        policy = self.dtype_policy
-        policies = keras.dtype_policies.DTypePolicyMap(
-            default_policy=getattr(policy, "default_policy", policy)
-        )
-        for dense in projections:
-            # By a pattern: the layer's path may be another one when it is loaded.
-            policies[f".*/{dense.name}"] = dense.dtype_policy
-        return {"dtype": keras.dtype_policies.serialize(policies)}
-
-
-def _copy_of(initializer):
-    return initializer.__class__.from_config(initializer.get_config())

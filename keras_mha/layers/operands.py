@@ -16,6 +16,7 @@ from keras_mha.layers.arguments import Call
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.call_masks import mask_of_keys, spread
 from keras_mha.layers.placing import bias_of_position, given_ids, ids_of, rotated
+from keras_mha.layers.projections import key_heads, query_heads, value_heads
 from keras_mha.masks import Mask, Padding
 
 
@@ -50,9 +51,9 @@ def operands_of(layer: Any, call: Call) -> Operands:
 
 def _plain(layer, call):
     ids = ids_of(call, layer.position)
-    query, key = layer._query_heads(call.query), layer._key_heads(call.key)
+    query, key = query_heads(layer, call.query), key_heads(layer, call.key)
     query, key = rotated(layer.position, query, key, ids)
-    value = layer._value_heads(call.value)
+    value = value_heads(layer, call.value)
     mask = mask_of_keys(call, layer._sliding_window)
     return Operands(query, key, value, mask, bias_of_position(layer.position, ids))
 
@@ -61,7 +62,7 @@ def _of_memory(layer, call):
     """Key and value are in the cache, projected, and keys not rotated yet."""
     cache = call.cache
     ids = given_ids(call, layer.position, call.query, cache["key"])
-    query = layer._query_heads(call.query)
+    query = query_heads(layer, call.query)
     query, key = rotated(layer.position, query, cache["key"], ids)
     mask = Padding(cache["mask"]) if "mask" in cache else None
     bias = bias_of_position(layer.position, ids)
@@ -75,8 +76,8 @@ def _of_cache(layer, call):
     ids = new.positions
     if call.position_ids is not None:
         ids, _ = given_ids(call, position, call.query, call.value)
-    query, key = layer._query_heads(call.query), layer._key_heads(call.key)
-    value = layer._value_heads(call.value)
+    query, key = query_heads(layer, call.query), key_heads(layer, call.key)
+    value = value_heads(layer, call.value)
     if layer._rotates_later:
         step = new.write(key, value, causal)
         query, key = rotated(position, query, step.key, (ids, step.key_positions))

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import keras
+
 from keras_mha import _checks
 from keras_mha.layers import input_checks
 from keras_mha.layers.position_bias import PositionBias
@@ -63,3 +65,12 @@ def checked_output_shape(value: Any) -> tuple[int, ...] | None:
         value = (value,)
     sizes = tuple(_checks.positive_integer("output_shape", size) for size in value)
     return sizes or None  # Keras's layer takes an empty shape for none given
+
+
+def implementation_of(flash_attention: bool | None) -> str:
+    """Returns the implementation that `flash_attention` asks for."""
+    if flash_attention is None:
+        flash_attention = keras.config.is_flash_attention_enabled()
+        # Keras's switch can turn fused kernels off; on is what happens anyway.
+        return "reference" if flash_attention is False else "auto"
+    return "flash" if flash_attention else "reference"
