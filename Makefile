@@ -18,13 +18,14 @@ $(error unknown BACKEND "$(BACKEND)": choose from $(BACKENDS), or leave it out f
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark docs test test-oldest lint format clean
+.PHONY: help demo benchmark docs test quick test-oldest lint format clean
 
 help:
 	@echo "make demo                  train the example and compare the three backends"
 	@echo "make test                  the suite under each backend, then the matrix"
 	@echo "make test BACKEND=jax      the suite under one backend ($(BACKENDS))"
 	@echo "make test ARGS='-k mask'   further arguments for pytest"
+	@echo "make quick                 the core of the suite under PyTorch, or BACKEND=jax"
 	@echo "make test-oldest           the suite under the oldest Keras supported ($(KERAS))"
 	@echo "make test-oldest KERAS=V   the suite under another version of Keras"
 	@echo "make benchmark             measure beside the peers, write the README's figures"
@@ -45,6 +46,10 @@ docs: $(VENV)/docs.stamp
 
 test: $(VENV)/dev.stamp
 	$(VENV)/bin/python scripts/run_tests.py $(BACKEND) --pytest='$(ARGS)'
+
+# For the loop of a change: what it breaks first.
+quick: $(VENV)/dev.stamp
+	$(VENV)/bin/python scripts/run_tests.py $(or $(BACKEND),torch) --core --pytest='$(ARGS)'
 
 test-oldest: $(OLDEST)/keras-$(KERAS).stamp
 	$(OLDEST)/bin/python scripts/run_tests.py $(BACKEND) --pytest='$(ARGS)'

@@ -3,9 +3,11 @@
     python scripts/run_tests.py                      # three backends and the matrix
     python scripts/run_tests.py jax torch            # these backends, no matrix
     python scripts/run_tests.py jax --pytest="-k mask -x"
+    python scripts/run_tests.py torch --core         # what a change breaks first
 
 A backend is chosen once per process, so each one gets a pytest of its own, spread over
-the cores. The matrix starts a process per backend itself and so runs once, after them.
+the cores. What asks nothing of a backend (marked `once`) is part of one of these runs
+only. The matrix starts a process per backend itself and so runs once, after them.
 The last line is `N passed, N failed, N skipped`, summed over all the runs.
 """
 
@@ -24,6 +26,28 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
 MATRIX = "tests/matrix"
+# What the layer computes and refuses, without what is slow: programs compiled, files,
+# peers, processes and notebooks.
+CORE = (
+    "tests/test_masks.py",
+    "tests/test_wrong_use.py",
+    "tests/test_wrong_positions.py",
+    "tests/ops",
+    "tests/kernels/test_blockwise.py",
+    "tests/kernels/test_dropout.py",
+    "tests/kernels/test_parts.py",
+    "tests/kernels/test_tiling.py",
+    "tests/layers/test_cache.py",
+    "tests/layers/test_multi_head_attention_axes.py",
+    "tests/layers/test_multi_head_attention_empty.py",
+    "tests/layers/test_multi_head_attention_masks.py",
+    "tests/layers/test_multi_head_attention_numbers.py",
+    "tests/layers/test_multi_head_attention_padding.py",
+    "tests/layers/test_multi_head_attention_positions.py",
+    "tests/layers/test_multi_head_attention_symbolic.py",
+    "tests/layers/test_relative_position_bias.py",
+)
+NOT_CORE = "compile or known or exported or traces"  # words of slow tests' names
 OUTCOMES = ("passed", "failed", "skipped")
 # Most of the time under JAX goes into compiling tiny functions once each: compile them
 # quickly, and not again in the other worker or the next run.
@@ -114,6 +138,9 @@ def parse_arguments():
         default=min(os.cpu_count() or 1, 4),
         help="pytest processes per backend (default: %(default)s)",
     )
+    parser.add_argument(
+        "--core", action="store_true", help="the quick core of the suite, no matrix"
+    )
     parser.add_argument("--pytest", default="", help="further arguments for pytest")
     arguments = parser.parse_args()
     unknown = set(arguments.backends) - set(BACKENDS)
@@ -130,16 +157,22 @@ def main():
     extra = shlex.split(arguments.pytest)
     threads = max((os.cpu_count() or 1) // arguments.workers, 1)
     workers = [f"--numprocesses={arguments.workers}", "--dist=worksteal"]
+    backends = arguments.backends or BACKENDS
+    # Where it takes the least time.
+    has_once = "torch" if "torch" in backends else backends[0]
+    tests = ["tests", f"--ignore={MATRIX}"]
+    if arguments.core:
+        tests = [*CORE, "-k", f"not ({NOT_CORE})"]
     results = [
         run_pytest(
             backend,
-            ["tests", f"--ignore={MATRIX}", *workers],
+            [*tests, *workers, *([] if backend == has_once else ["-m", "not once"])],
             extra,
             backend_environment(backend, threads),
         )
-        for backend in arguments.backends or BACKENDS
+        for backend in backends
     ]
-    if arguments.backends:
+    if arguments.backends or arguments.core:
         print("\nThe cross-backend matrix is left out: it needs a run of all backends.")
     else:
         results.append(run_pytest("matrix", [MATRIX], extra, matrix_environment()))

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 # JAX compiles every example, which takes a hundred times as long as running it; what
 # the backends have in common is looked at under the other two.
-EXAMPLES = 12 if os.environ.get("KERAS_BACKEND") == "jax" else 40
+EXAMPLES = 8 if os.environ.get("KERAS_BACKEND") == "jax" else 25
 
 # Every run draws the same examples, so that a red run can be run again. To look
 # further: HYPOTHESIS_PROFILE=explore, which draws anew each time and more.

@@ -11,6 +11,8 @@ from keras_mha.demo import digits, picture
 from keras_mha.demo import model as model_module
 from keras_mha.demo.results import Result
 
+pytestmark = pytest.mark.once
+
 CURRENT = keras.backend.backend()
 
 

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import keras
 import pytest
 
 import keras_mha
 from keras_mha import masks
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
@@ -106,20 +107,25 @@ def loaded_from_the_network(site):
     return found
 
 
-def test_the_site_is_whole_and_loads_nothing_from_elsewhere(tmp_path):
-    """One test, since the build takes a while: it runs the examples of the pages."""
+@pytest.fixture
+def site(tmp_path):
+    """The site, built here or, as the checks of a change do, just before."""
+    if built := os.environ.get("KERAS_MHA_SITE"):
+        return ROOT / built
     pytest.importorskip("mkdocs")
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("built once, in the run of the TensorFlow backend")
-    site = tmp_path / "site"
     result = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={site}"],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    return tmp_path
+
+
+def test_the_site_is_whole_and_loads_nothing_from_elsewhere(site):
+    """One test, since the build takes a while: it runs the examples of the pages."""
     assert len(list(site.rglob("*.html"))) > 30
     assert not pages_missing(site)
     assert not notebooks_missing(site)

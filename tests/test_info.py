@@ -9,6 +9,8 @@ import pytest
 import keras_mha
 from keras_mha import info
 
+pytestmark = pytest.mark.once
+
 CURRENT = keras.backend.backend()
 
 

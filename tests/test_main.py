@@ -6,6 +6,8 @@ import pytest
 from keras_mha import demo, info
 from keras_mha.__main__ import main
 
+pytestmark = pytest.mark.once
+
 CURRENT = keras.backend.backend()
 
 

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from tests import oracle
 
+pytestmark = pytest.mark.once
+
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).normal(size=shape)

@@ -10,6 +10,8 @@ from keras_mha.__main__ import main
 from keras_mha.bench import machine, timing, worker
 from tests.helpers import needs_window_of_keras
 
+pytestmark = pytest.mark.once
+
 CURRENT = keras.backend.backend()
 
 

@@ -10,6 +10,8 @@ from benchmarks import cases, chinese, contestants, draw, readme, results
 from benchmarks.cases import Case
 from tests.helpers import needs_window_of_keras
 
+pytestmark = pytest.mark.once
+
 BACKEND = keras.backend.backend()
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"

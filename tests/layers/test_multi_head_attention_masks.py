@@ -143,7 +143,7 @@ def test_masks_of_booleans_and_integers_are_not_looked_at(layer, monkeypatch):
     def looked(x):
         raise AssertionError
 
-    monkeypatch.setattr("keras_mha.masks.known_numbers", looked)
+    monkeypatch.setattr("keras_mha.masks.fields.known_numbers", looked)
     for dtype in ("bool", "int32"):
         layer(QUERY, VALUE, attention_mask=np.ones((T, S), dtype))
 

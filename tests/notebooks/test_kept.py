@@ -6,6 +6,8 @@ import pytest
 from notebooks.execute import NOTEBOOKS
 from tests.notebooks.notebooks import code_cells
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def path(request):

@@ -16,6 +16,8 @@ from keras_mha import info, masks, plot_attention
 from keras_mha.plotting import text
 from tests.helpers import to_tensor
 
+pytestmark = pytest.mark.once
+
 WORDS = ["the", "cat", "sat"]
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 from keras_mha import info, plot_heads_over_image
 from tests.helpers import to_tensor
 
+pytestmark = pytest.mark.once
+
 GREY = np.linspace(0, 1, 64).reshape(8, 8)
 CLIP = np.stack([GREY] * 3)
 

@@ -14,6 +14,8 @@ from keras_mha.masks import Mask, Tile
 from keras_mha.plotting.mask import COLOURS
 from tests.helpers import to_tensor
 
+pytestmark = pytest.mark.once
+
 
 def cells(figure):
     """Each cell of the picture as what it shows: tile's kind, and may attend or not."""
