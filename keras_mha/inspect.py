@@ -160,7 +160,9 @@ class _Watcher:
         try:
             call = checked_call(query, key, value, **arguments)
             planner.plan(call, "reference")  # raises where it would see a part only
-            self._maps[name] = self._weights(call, f"layer {name!r}")
+            weights = self._weights(call, f"layer {name!r}")
+            # As the layer's scores: without the columns of learned keys.
+            self._maps[name] = weights[..., layer._num_memory_key_values or 0 :]
         except Exception as error:
             self._error = error
 

@@ -19,7 +19,7 @@ from keras_mha._keras import (
     told_as_it_is,
 )
 from keras_mha.layers import cache as kv_cache
-from keras_mha.layers import input_checks, options, recording
+from keras_mha.layers import input_checks, memory_key_values, options, recording
 from keras_mha.layers.arguments import Call, filled
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.cache import Cache
@@ -48,6 +48,7 @@ _BEYOND_KERAS = {
     "attention_sink": None,
     "logit_soft_cap": None,
     "scale": None,
+    "num_memory_key_values": None,
 }
 
 
@@ -111,6 +112,12 @@ class MultiHeadAttention(keras.layers.Layer):
         logit_soft_cap: Scores become `cap * tanh(scores / cap)`. Defaults to `None`.
         scale: Factor of the dot products. Defaults to `1 / sqrt(key_dim)`, and to
             `sqrt(key_dim)` with `qk_norm="l2"`.
+        num_memory_key_values: Number of keys and values that each key and value head
+            learns beside the sequence's (persistent memory). Every query sees them,
+            through any mask, and no position or bias is added to them; a query that may
+            attend to nothing else attends to these. `kernel_initializer` makes them.
+            Their weights are left out of the scores, whose rows then sum to less than
+            1. Defaults to `None`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
@@ -186,6 +193,8 @@ class MultiHeadAttention(keras.layers.Layer):
         Xiao et al., 2023, Attention sinks (attention_sink):
             https://arxiv.org/abs/2309.17453
         Gemma Team, 2024, Gemma 2 (logit_soft_cap): https://arxiv.org/abs/2408.00118
+        Sukhbaatar et al., 2019, Persistent memory (num_memory_key_values):
+            https://arxiv.org/abs/1907.01470
     """
 
     def __init__(
@@ -216,6 +225,7 @@ class MultiHeadAttention(keras.layers.Layer):
         attention_sink: str | None = None,
         logit_soft_cap: float | None = None,
         scale: float | None = None,
+        num_memory_key_values: int | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -250,6 +260,9 @@ class MultiHeadAttention(keras.layers.Layer):
             _checks.positive_number, "logit_soft_cap", logit_soft_cap
         )
         self._scale = optional(_checks.number, "scale", scale)
+        self._num_memory_key_values = optional(
+            positive, "num_memory_key_values", num_memory_key_values
+        )
         self.seed = optional(_checks.integer, "seed", seed)
         self._drawn_seed = None
         self.position = options.checked_position(
@@ -371,6 +384,8 @@ class MultiHeadAttention(keras.layers.Layer):
             )
         if self._attention_sink == "learned":
             self.sink = self._add_float32_weight("sink", self._num_heads, "zeros")
+        initializers = (_copy_of(self._kernel_initializer) for _ in range(2))
+        memory_key_values.add_weights(self, self._num_memory_key_values, initializers)
 
     def _add_float32_weight(self, name: str, size: int, initializer: str):
         """Adds a weight that keeps its precision under a mixed policy."""
@@ -456,6 +471,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "logit_soft_cap": self._logit_soft_cap,
             "sink": self._sink_logits(),
         }
+        heads, arguments = memory_key_values.joined(self, heads, arguments)
         recording.note(self, *heads, **arguments)
         attend = functools.partial(
             attend_without_padding,
@@ -470,6 +486,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if operands.new_tokens is not None:
             heads = operands.new_tokens.refused(heads)
         if return_scores:
+            scores = scores[..., self._num_memory_key_values or 0 :]
             scores = ops.cast(scores, self.compute_dtype)
         return heads, scores
 
