@@ -47,22 +47,41 @@ def bias_beside_memory(bias: Tensor, count: int, length: Any) -> Tensor:
 
 
 def _moved(mask: Mask, count: int, length: Any) -> Mask | None:
-    """Returns a mask of a kind that kernels know, if there is one that says the same."""
-    kind = type(mask)  # the very type: a user's subclass may allow something else
-    if kind in (And, Or):
-        parts = [_moved(part, count, length) for part in (mask.left, mask.right)]
-        return None if None in parts else kind(*parts)
+    """Returns a mask of a kind that kernels know, if one says the same."""
+    move = _MOVES.get(type(mask))  # a user's subclass may allow something else
+    return None if move is None else move(mask, count, length)
+
+
+def _moved_both(mask, count, length):
+    parts = [_moved(part, count, length) for part in (mask.left, mask.right)]
+    return None if None in parts else type(mask)(*parts)
+
+
+def _moved_causal(mask, count, length):
     # Lower offsets would hide learned keys from the first queries.
-    if kind is Causal and isinstance(mask.offset, int) and mask.offset >= -1:
+    if isinstance(mask.offset, int) and mask.offset >= -1:
         return Causal(mask.offset + count)
-    if kind is Prefix:
-        return Prefix(mask.n + count)
-    if kind is Padding:
-        batch = ops.shape(mask.valid)[0]
-        valid = ops.broadcast_to(ops.cast(mask.valid, "bool"), (batch, length))
-        seen = _filled(True, (batch, count), "bool")
-        return Padding(ops.concatenate([seen, valid], axis=1))
     return None
+
+
+def _moved_prefix(mask, count, length):
+    return Prefix(mask.n + count)
+
+
+def _moved_padding(mask, count, length):
+    batch = ops.shape(mask.valid)[0]
+    valid = ops.broadcast_to(ops.cast(mask.valid, "bool"), (batch, length))
+    seen = _filled(True, (batch, count), "bool")
+    return Padding(ops.concatenate([seen, valid], axis=1))
+
+
+_MOVES = {
+    And: _moved_both,
+    Or: _moved_both,
+    Causal: _moved_causal,
+    Prefix: _moved_prefix,
+    Padding: _moved_padding,
+}
 
 
 @dataclass(frozen=True, eq=False)

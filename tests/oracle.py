@@ -672,6 +672,7 @@ def multi_head_attention(
         Q, K, V = query W_q + b_q, key W_k + b_k, value W_v + b_v     a head at a time
         Q, K    = qk_norm(Q), qk_norm(K)                              if asked for
         Q, K    = rotary(Q), rotary(K)                                if asked for
+        K, V    = K and qk_norm(K_m), V and V_m, one after the other  if there are such
         O       = dot_product_attention(Q, K, V, ...)
         O       = O * sigmoid(query W_g + b_g)                        if asked for
         output  = O W_o + b_o                                         over heads and V
@@ -680,7 +681,9 @@ def multi_head_attention(
     (D', K, V), "output_kernel" (N, V, *E) and, where the layer has them,
     "query_bias" (N, H), "key_bias" (K, H), "value_bias" (K, V), "output_bias" (*E),
     "gate_kernel" (D, N, V), "gate_bias" (N, V), "query_norm" (H,), "key_norm" (H,),
-    "sink" (N,), "position_table" (num_buckets, N). `config` holds the layer's arguments
+    "sink" (N,), "position_table" (num_buckets, N), and of learned keys and values K_m
+    "memory_key" (n, K, H) and V_m "memory_value" (n, K, V), which no mask hides and to
+    whose scores no bias is added. `config` holds the layer's arguments
     by their public names; one that is missing has its default. `value` None is
     self-attention; `key` None is `value`.
 
@@ -692,11 +695,14 @@ def multi_head_attention(
     those of `axial_rotary`, `grid_alibi_bias` or `window_bias`. The kind "mixed rotary"
     has those of `mixed_rotary`, and "position_frequencies" (n, K, d/2) for a weight.
 
-    Returns the output (B, T, *E) and the scores (B, N, T, S).
+    Returns the output (B, T, *E) and the scores (B, N, T, S) of the sequence's keys.
     """
     value = query if value is None else value
     key = value if key is None else key
     query, key, value = _float64(query), _float64(key), _float64(value)
+    if query_mask is not None:
+        # What a hidden query holds does not matter, and learned keys it sees as well.
+        query = np.where(np.asarray(query_mask, dtype=bool)[..., None], query, 0.0)
 
     query_heads = project(query, weights["query_kernel"], weights.get("query_bias"))
     key_heads = project(key, weights["key_kernel"], weights.get("key_bias"))
@@ -754,26 +760,44 @@ def multi_head_attention(
     sink = {None: None, "zero": 0.0, "learned": weights.get("sink")}[
         config.get("attention_sink")
     ]
+    mask = combined_mask(
+        query.shape[1],
+        key.shape[1],
+        query_mask=query_mask,
+        value_mask=value_mask,
+        key_mask=key_mask,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        use_causal_mask=use_causal_mask,
+        sliding_window=config.get("sliding_window"),
+    )
+    learned = config.get("num_memory_key_values") or 0
+    if learned:
+        memory_key = _float64(weights["memory_key"])
+        memory_key = normalize(memory_key, kind, epsilon, weights.get("key_norm"))
+        key_heads = behind_sequence(key_heads, memory_key)
+        value_heads = behind_sequence(value_heads, _float64(weights["memory_value"]))
+        shape = np.broadcast_shapes(mask.shape, (1, 1, 1, key.shape[1]))
+        never_hidden = np.ones((*shape[:-1], learned), dtype=bool)
+        mask = np.concatenate([np.broadcast_to(mask, shape), never_hidden], axis=-1)
+        if bias is not None:
+            shape = np.broadcast_shapes(np.shape(bias), (key.shape[1],))
+            bias = np.concatenate(
+                [np.broadcast_to(bias, shape), np.zeros((*shape[:-1], learned))],
+                axis=-1,
+            )
+
     output, scores = dot_product_attention(
         query_heads,
         key_heads,
         value_heads,
-        mask=combined_mask(
-            query.shape[1],
-            key.shape[1],
-            query_mask=query_mask,
-            value_mask=value_mask,
-            key_mask=key_mask,
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-            use_causal_mask=use_causal_mask,
-            sliding_window=config.get("sliding_window"),
-        ),
+        mask=mask,
         bias=bias,
         scale=scale,
         logit_soft_cap=config.get("logit_soft_cap"),
         sink=sink,
     )
+    scores = scores[..., : key.shape[1]]
     if config.get("use_gate"):
         gate = project(query, weights["gate_kernel"], weights.get("gate_bias"))
         output = output / (1.0 + np.exp(-gate))
@@ -784,6 +808,11 @@ def multi_head_attention(
     if weights.get("output_bias") is not None:
         output = output + _float64(weights["output_bias"])
     return output, scores
+
+
+def behind_sequence(heads: Array, learned: Array) -> Array:
+    """(B, S, K, H) and (n, K, H), the same for every row, -> (B, S + n, K, H)."""
+    return np.stack([np.concatenate([row, learned]) for row in heads])
 
 
 def project(inputs: Array, kernel: Array, bias: Array | None) -> Array:

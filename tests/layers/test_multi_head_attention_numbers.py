@@ -53,7 +53,8 @@ def variables_of(layer: Any) -> dict[str, Any]:
             found[f"{name}_bias"] = sublayer.bias
     found["query_norm"] = getattr(layer, "query_norm_scale", None)
     found["key_norm"] = getattr(layer, "key_norm_scale", None)
-    found["sink"] = getattr(layer, "sink", None)
+    for name in ("sink", "memory_key", "memory_value"):
+        found[name] = getattr(layer, name, None)
     return {name: variable for name, variable in found.items() if variable is not None}
 
 
@@ -100,6 +101,7 @@ CONSTRUCTORS = {
     "attention_sink": st.sampled_from([None, "zero", "learned"]),
     "logit_soft_cap": st.sampled_from([None, 1.5]),
     "scale": st.sampled_from([None, 0.3]),
+    "num_memory_key_values": st.sampled_from([None, 1, 3]),
     # Configured, and without effect at inference.
     "dropout": st.sampled_from([0.0, 0.5]),
 }
@@ -264,6 +266,7 @@ FEATURES = {
     "sink of zero": {"attention_sink": "zero"},
     "scale": {"scale": 0.3},
     "gate": {"use_gate": True},
+    "learned keys and values": {"num_memory_key_values": 3},
     "all": {
         "num_key_value_heads": 1,
         "qk_norm": "rms",
@@ -271,6 +274,7 @@ FEATURES = {
         "attention_sink": "learned",
         "use_gate": True,
         "value_dim": 2,
+        "num_memory_key_values": 2,
     },
 }
 
@@ -356,7 +360,8 @@ def test_row_that_sees_nothing_gives_the_output_bias(dtype, use_gate):
     + [(name, dtype) for name in ("plain", "all") for dtype in ("bfloat16", "float16")],
 )
 def test_no_gradient_through_rows_that_see_nothing(name, dtype):
-    layer = made((2, 3, 6), dtype=dtype, **FEATURES[name])
+    nothing_learned = {"num_memory_key_values": None}  # those are always seen
+    layer = made((2, 3, 6), dtype=dtype, **(FEATURES[name] | nothing_learned))
     variables = variables_of(layer)
     mask = to_tensor(np.zeros((3, 3), dtype=bool))
     _, gradients = outputs_and_gradients(
