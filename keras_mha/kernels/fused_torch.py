@@ -3,7 +3,10 @@
 The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
 nothing. So where the mask is another, it is called for some rows at a time, with the
 keys from the first to the last that any of them may see and a mask of this size only.
+(Learned keys, which all see, are put beside these.)
 """
+
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional  # looked into when called: others replace what is there
@@ -20,6 +23,7 @@ from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import allowed_pairs, bias_block
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
+from keras_mha.memory_columns import MaskBesideMemory
 
 # Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
 # that only some of the rows may see. Other devices want more work at once.
@@ -61,12 +65,12 @@ def attend(call: AttentionCall) -> Tensor:
         )
     whole = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
     if _is_short(call):
-        output = _attend_tile(call, whole, query, key, value)
+        output = _attend_slice(call, _Slice(whole), query, key, value)
     else:
         # For many rows each head's in a piece is faster, for few the copies cost more.
         query, key, value = (x.contiguous() for x in (query, key, value))
         if _one_call_does(call) or takes_formula():
-            output = _attend_tile(call, whole, query, key, value)
+            output = _attend_slice(call, _Slice(whole), query, key, value)
         else:
             output = _attend_slices(call, query, key, value)
     if output.shape[3] != value_width:
@@ -105,10 +109,32 @@ def _is_causal(call: AttentionCall) -> bool:
     return not call.has_bias and call.scale > 0 and is_plain_causal(call.mask)
 
 
-def _attend_tile(call, tile, query, key, value):
-    """Attends from the tile's rows to its columns; tensors are `(B, heads, ...)`."""
-    causal = tile.whole and _is_causal(call)
-    mask, seen = (None, None) if causal else _torch_mask(call, tile)
+class _Slice(NamedTuple):
+    """Some rows, and the keys that they may see.
+
+    Args:
+        tile: The rows, and the columns from the first to the last that any may see.
+        before: Of the scores' first columns, how many all see that are not in the tile.
+    """
+
+    tile: Tile
+    before: int = 0
+
+    @property
+    def ranges(self) -> tuple[slice, Any]:
+        """What indexes the rows, and the columns."""
+        tile = self.tile
+        rows = slice(tile.row, tile.row + tile.rows)
+        start, end = tile.column, tile.column + tile.columns
+        if self.before == 0 or self.before == start:
+            return rows, slice(start - self.before, end)
+        return rows, [*range(self.before), *range(start, end)]
+
+
+def _attend_slice(call, part, query, key, value):
+    """Attends from the rows to the columns; tensors are `(B, heads, ...)`."""
+    causal = part.tile.whole and _is_causal(call)
+    mask, seen = (None, None) if causal else _torch_mask(call, part)
     output = _torch_attention(query, key, value, mask, causal, call.scale)
     return output if seen is None else torch.where(seen, output, 0.0)
 
@@ -138,14 +164,19 @@ def _torch_attention(query, key, value, mask, causal, scale):
     return differentiable(formula, output, query, key, value)
 
 
-def _torch_mask(call, tile):
+def _torch_mask(call, part):
     """Returns torch's `attn_mask` and which rows see any key at all.
 
     A row that sees none is opened to all keys, so that no softmax is taken over
     nothing, and its output is set to zero afterwards, which also stops its gradients.
     """
-    bias = bias_block(call, tile)
-    allowed = allowed_pairs(call, tile, bias)
+    bias = bias_block(call, part.tile)
+    allowed = allowed_pairs(call, part.tile, bias)
+    if part.before:
+        bias, allowed = (
+            x if x is None else functional.pad(x, (part.before, 0), value=front)
+            for x, front in ((bias, 0.0), (allowed, True))
+        )
     if allowed is None:
         return None if bias is None else bias.to(_dtype(call)), None
     seen = allowed.any(dim=-1, keepdim=True)
@@ -221,7 +252,7 @@ class _Slices(torch.autograd.Function):
         if torch.is_grad_enabled():  # this gradient is to be differentiated again
             whole = Tile(0, inputs[0].shape[2], 0, inputs[1].shape[2], whole=True)
             found = of_formula(
-                lambda *inputs: _attend_tile(ctx.call, whole, *inputs),
+                lambda *inputs: _attend_slice(ctx.call, _Slice(whole), *inputs),
                 inputs,
                 output_gradient,
             )
@@ -231,10 +262,10 @@ class _Slices(torch.autograd.Function):
 
 def _sliced(call, query, key, value):
     output = query.new_zeros(*query.shape[:3], value.shape[3])
-    for tile in _slices(call):
-        rows, columns = _ranges(tile)
-        output[:, :, rows] = _attend_tile(
-            call, tile, query[:, :, rows], key[:, :, columns], value[:, :, columns]
+    for part in _slices(call):
+        rows, columns = part.ranges
+        output[:, :, rows] = _attend_slice(
+            call, part, query[:, :, rows], key[:, :, columns], value[:, :, columns]
         )
     return output
 
@@ -243,43 +274,39 @@ def _sliced_gradients(call, inputs, output_gradient):
     # Of half types the slices' parts are added up in float32.
     dtype = torch.promote_types(inputs[0].dtype, torch.float32)
     gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]
-    for tile in _slices(call):
-        rows, columns = _ranges(tile)
+    for part in _slices(call):
+        rows, columns = part.ranges
         ranges = (rows, columns, columns)
-        parts = [
+        cut = [
             x[:, :, r].detach().requires_grad_()
             for x, r in zip(inputs, ranges, strict=True)
         ]
         with torch.enable_grad():
-            output = _attend_tile(call, tile, *parts)
-        found = torch.autograd.grad(output, parts, output_gradient[:, :, rows])
-        for gradient, r, part in zip(gradients, ranges, found, strict=True):
-            gradient[:, :, r] += part
+            output = _attend_slice(call, part, *cut)
+        found = torch.autograd.grad(output, cut, output_gradient[:, :, rows])
+        for gradient, r, added in zip(gradients, ranges, found, strict=True):
+            gradient[:, :, r] += added
     return [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)]
 
 
-def _ranges(tile):
-    return (
-        slice(tile.row, tile.row + tile.rows),
-        slice(tile.column, tile.column + tile.columns),
-    )
-
-
 def _slices(call):
-    """Yields for every slice of the rows the tile with all keys that they may see."""
+    """Yields for every slice of the rows the keys that they may see."""
     rows, columns = call.query.shape[1], call.key.shape[1]
     step = _ROWS if call.query.device.type == "cpu" else _ROWS_ELSEWHERE
+    learned = call.mask.count if type(call.mask) is MaskBesideMemory else 0
     for row in range(0, rows, step):
-        tile = Tile(row, min(step, rows - row), 0, columns)
+        tile = Tile(row, min(step, rows - row), learned, columns - learned)
         if call.mask is None:
-            yield tile
+            yield _Slice(tile)
             continue
         first = _first_live(call.mask, tile, forward=True)
-        if first is None:
-            continue
-        last = _first_live(call.mask, tile, forward=False)
-        columns_seen = last.column + last.columns - first.column
-        yield tile._replace(column=first.column, columns=columns_seen)
+        if first is not None:
+            last = _first_live(call.mask, tile, forward=False)
+            columns_seen = last.column + last.columns - first.column
+            tile = tile._replace(column=first.column, columns=columns_seen)
+            yield _Slice(tile, learned)
+        elif learned:
+            yield _Slice(tile._replace(column=0, columns=learned))
 
 
 def _first_live(mask, tile, forward):
