@@ -21,8 +21,9 @@ def from_torch(
     """Makes our layer of a `torch.nn.MultiheadAttention`, with its weights.
 
     torch need only be installed, whatever backend Keras runs on. Heads, `dropout`,
-    `bias`, `kdim`, `vdim` and `add_zero_attn` (an `attention_sink="zero"` here) are
-    taken over. Inputs here always have the batch first, and calls are
+    `bias`, `kdim`, `vdim`, `add_bias_kv` (`num_memory_key_values=1` here) and
+    `add_zero_attn` (an `attention_sink="zero"` here) are taken over; what is added has
+    no column in the scores here. Inputs here always have the batch first, and calls are
     `layer(query, value, key)`; masks are `True` where torch's are `False`. A query that
     may see nothing gives zeros here, and NaN there.
 
@@ -38,7 +39,6 @@ def from_torch(
         MissingExtra: If torch is not installed.
         TypeError: If `module` is no `torch.nn.MultiheadAttention`, or of a subclass
             with a `forward` of its own.
-        ValueError: If it has `add_bias_kv`, which this layer has not.
 
     Example:
 
@@ -58,21 +58,22 @@ def from_torch(
             "`forward` of its own. "
             f"Received: module={module!r} (of type {type(module).__name__})"
         )
-    if module.bias_k is not None:
-        raise ValueError(
-            "`module` has add_bias_kv=True, a learned key and value beside the "
-            "sequence's, which MultiHeadAttention has not. Concatenate them to the "
-            "inputs, or set what remains with `set_projections`."
-        )
     arguments = {
         "num_heads": module.num_heads,
         "key_dim": module.head_dim,
         "dropout": module.dropout,
         "attention_sink": "zero" if module.add_zero_attn else None,
+        "num_memory_key_values": None if module.bias_k is None else 1,
     }
     query, key, value = _inputs_of(module)
     output = Projection(module.out_proj.weight, module.out_proj.bias)
-    return make_layer(Recipe(arguments, query, key, value, output), **kwargs)
+    weights = {}
+    if module.bias_k is not None:
+        heads = 1, module.num_heads, module.head_dim
+        weights["memory_key"] = module.bias_k.reshape(heads)
+        weights["memory_value"] = module.bias_v.reshape(heads)
+    recipe = Recipe(arguments, query, key, value, output, weights=weights)
+    return make_layer(recipe, **kwargs)
 
 
 def _inputs_of(module: "torch.nn.MultiheadAttention") -> list[Projection]:
@@ -128,6 +129,7 @@ def to_torch(layer: MultiHeadAttention) -> "torch.nn.MultiheadAttention":
         layer.num_heads,
         dropout=layer.dropout,
         bias=layer.use_bias,
+        add_bias_kv=layer.memory_key is not None,
         add_zero_attn=layer.get_config().get("attention_sink") == "zero",
         kdim=kernels["key"].shape[1],
         vdim=kernels["value"].shape[1],
@@ -156,6 +158,7 @@ def _check_torch_has_it(layer: MultiHeadAttention) -> None:
         "qk_norm": config.get("qk_norm") is not None,
         "attention_sink": config.get("attention_sink") == "learned",
         "logit_soft_cap": config.get("logit_soft_cap") is not None,
+        "num_memory_key_values": config.get("num_memory_key_values") not in (None, 1),
         "scale": not math.isclose(layer.scale, plain),
         "num_key_value_heads": layer.num_key_value_heads != layer.num_heads,
         "value_dim": layer.value_dim != layer.key_dim,
@@ -170,8 +173,9 @@ def _check_torch_has_it(layer: MultiHeadAttention) -> None:
     if found:
         raise ValueError(
             "torch.nn.MultiheadAttention has heads of the width "
-            "embed_dim / num_heads, and no other option than dropout, bias, kdim, vdim "
-            "and add_zero_attn (an attention_sink='zero'). "
+            "embed_dim / num_heads, and no other option than dropout, bias, kdim, "
+            "vdim, add_bias_kv (num_memory_key_values=1) and add_zero_attn (an "
+            "attention_sink='zero'). "
             f"Received: a layer that differs by {', '.join(found)}"
         )
 
@@ -196,6 +200,9 @@ def _state(layer: MultiHeadAttention, kernels: dict, fused: bool) -> dict:
         biases = {name: as_numpy(_dense(layer, name).bias) for name in _PROJECTIONS}
         state["out_proj.bias"] = biases.pop("output")
         state["in_proj_bias"] = np.concatenate([x.reshape(-1) for x in biases.values()])
+    if layer.memory_key is not None:
+        state["bias_k"] = as_numpy(layer.memory_key).reshape(1, 1, -1)
+        state["bias_v"] = as_numpy(layer.memory_value).reshape(1, 1, -1)
     return state
 
 

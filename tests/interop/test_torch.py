@@ -9,7 +9,7 @@ import pytest
 import keras_mha
 from keras_mha.info import MissingExtra
 from keras_mha.interop import from_torch, to_torch
-from tests.helpers import outputs_and_gradients, to_numpy, to_tensor
+from tests.helpers import outputs_and_gradients, to_numpy, to_tensor, with_variables
 
 torch = pytest.importorskip("torch", reason="compares with torch.nn")
 
@@ -74,9 +74,8 @@ def assert_same(module, layer, torch_masks=None, masks=None):
     expected, expected_scores = run_module(module, *inputs, **torch_masks or {})
     output, scores = run_layer(layer, *inputs, **masks or {})
     np.testing.assert_allclose(output, expected, atol=1e-5)
-    if module.add_zero_attn:  # torch shows the weight of the zeros it adds, too
-        expected_scores = expected_scores[..., :-1]
-    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+    # torch shows the weights of what it adds, too.
+    np.testing.assert_allclose(scores, expected_scores[..., :KEYS], atol=1e-5)
 
 
 OPTIONS = {
@@ -88,8 +87,21 @@ OPTIONS = {
     "both widths": {"kdim": 5, "vdim": 6},
     "widths without bias": {"kdim": 5, "vdim": 6, "bias": False},
     "zero attention": {"add_zero_attn": True},
+    "learned key and value": {"add_bias_kv": True},
+    "learned key and value of other widths": {
+        "add_bias_kv": True,
+        "kdim": 5,
+        "vdim": 6,
+        "bias": False,
+    },
     "sequence first": {"batch_first": False},
-    "all": {"kdim": 5, "vdim": 6, "add_zero_attn": True, "dropout": 0.3},
+    "all": {
+        "kdim": 5,
+        "vdim": 6,
+        "add_bias_kv": True,
+        "add_zero_attn": True,
+        "dropout": 0.3,
+    },
 }
 
 
@@ -131,8 +143,13 @@ def test_names_and_dtypes_are_as_for_any_layer():
     assert not layer.trainable_weights
 
 
-def test_key_padding_mask_is_true_where_ours_is_false():
-    module = make_module()
+# What torch's module learns beside the sequence's keys is seen through every mask.
+learns = pytest.mark.parametrize("add_bias_kv", [False, True])
+
+
+@learns
+def test_key_padding_mask_is_true_where_ours_is_false(add_bias_kv):
+    module = make_module(add_bias_kv=add_bias_kv)
     padding = np.array([[False, False, True, True], [False, True, False, False]])
     assert_same(
         module,
@@ -160,16 +177,18 @@ def test_attention_mask_of_every_head_is_folded_into_the_batch_there():
     )
 
 
-def test_attention_mask_of_numbers_is_a_bias_here():
-    module = make_module()
+@learns
+def test_attention_mask_of_numbers_is_a_bias_here(add_bias_kv):
+    module = make_module(add_bias_kv=add_bias_kv)
     bias = np.random.default_rng(4).normal(size=(QUERIES, KEYS)).astype("float32")
     assert_same(
         module, from_torch(module), {"attn_mask": bias}, {"attention_bias": bias}
     )
 
 
-def test_causal_mask_and_padding_together():
-    module = make_module()
+@learns
+def test_causal_mask_and_padding_together(add_bias_kv):
+    module = make_module(add_bias_kv=add_bias_kv)
     future = np.arange(KEYS) > np.arange(QUERIES)[:, None]
     padding = np.array([[False, True, True, False], [False] * 4])
     assert_same(
@@ -180,8 +199,9 @@ def test_causal_mask_and_padding_together():
     )
 
 
-def test_query_that_sees_nothing_but_the_added_zeros():
-    module = make_module(add_zero_attn=True)
+@pytest.mark.parametrize("option", ["add_zero_attn", "add_bias_kv"])
+def test_query_that_sees_nothing_but_what_is_added(option):
+    module = make_module(**{option: True})
     padding = np.array([[True] * 4, [False] * 4])
     layer = from_torch(module)
     assert_same(module, layer, {"key_padding_mask": padding}, {"value_mask": ~padding})
@@ -200,17 +220,43 @@ def test_query_that_sees_nothing_gives_zeros_here_and_nan_there():
 
 def test_gradients_of_the_inputs_are_the_modules():
     module = make_module(kdim=5, vdim=6)
-    arrays = inputs_for(module)
-    cotangent = np.random.default_rng(5).normal(size=(BATCH, QUERIES, WIDTH))
+    arrays, cotangent = inputs_for(module), make_cotangent()
     tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-    output, _ = module(*tensors)
-    expected = torch.autograd.grad(output, tensors, torch.tensor(cotangent).float())
+    expected = torch.autograd.grad(module(*tensors)[0], tensors, cotangent)
     layer = from_torch(module)
     _, found = outputs_and_gradients(
-        lambda query, key, value: layer(query, value, key), arrays, [cotangent]
+        lambda query, key, value: layer(query, value, key), arrays, [cotangent.numpy()]
     )
     for gradient, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(gradient, theirs.numpy(), atol=1e-5)
+
+
+def test_gradients_of_the_learned_key_and_value_are_the_modules():
+    module = make_module(add_bias_kv=True)
+    arrays, cotangent = inputs_for(module), make_cotangent()
+    padding = np.array([[True] * KEYS, [False, True, False, False]])
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    output, _ = module(*tensors, key_padding_mask=torch.tensor(padding))
+    wanted = [*tensors, module.bias_k, module.bias_v]
+    expected = torch.autograd.grad(output, wanted, cotangent)
+    layer = from_torch(module)
+    variables = [layer.memory_key, layer.memory_value]
+    _, found = outputs_and_gradients(
+        with_variables(
+            lambda query, key, value: layer(query, value, key, value_mask=~padding),
+            variables,
+        ),
+        [*arrays, *(to_numpy(x.value) for x in variables)],
+        [cotangent.numpy()],
+    )
+    for gradient, theirs in zip(found, expected, strict=True):
+        theirs = theirs.numpy().reshape(gradient.shape)
+        np.testing.assert_allclose(gradient, theirs, atol=1e-5)
+
+
+def make_cotangent():
+    draws = np.random.default_rng(5).normal(size=(BATCH, QUERIES, WIDTH))
+    return torch.tensor(draws).float()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -273,6 +319,13 @@ LAYERS = {
     "widths": {"widths": (WIDTH, 6, 5)},
     "widths without bias": {"widths": (WIDTH, 6, 5), "use_bias": False},
     "sink": {"attention_sink": "zero"},
+    "learned key and value": {"num_memory_key_values": 1},
+    "learned key and value of other widths": {
+        "num_memory_key_values": 1,
+        "attention_sink": "zero",
+        "widths": (WIDTH, 6, 5),
+        "use_bias": False,
+    },
     "options at what they are anyway": {
         "value_dim": WIDTH // HEADS,
         "output_shape": WIDTH,
@@ -369,6 +422,8 @@ MISSING_THERE = [
     ({"qk_norm": "l2", "scale": 0.5}, "qk_norm"),
     ({"attention_sink": "learned"}, "attention_sink"),
     ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
+    ({"num_memory_key_values": 2}, "num_memory_key_values"),
+    ({"num_memory_key_values": 1, "qk_norm": "rms"}, "qk_norm"),
     ({"scale": 1.0}, "scale"),
     ({"num_key_value_heads": 1}, "num_key_value_heads"),
     ({"value_dim": 3}, "value_dim"),
@@ -405,11 +460,6 @@ def test_all_that_is_in_the_way_is_named():
 
 
 # ------------------------------------------------------------------ wrong use
-
-
-def test_learned_key_and_value_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"`module`.*add_bias_kv=True"):
-        from_torch(make_module(add_bias_kv=True))
 
 
 def test_module_that_keeps_its_weights_elsewhere_is_refused():
