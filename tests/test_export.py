@@ -93,6 +93,7 @@ OPTIONS = {
         "attention_sink": "learned",
         "logit_soft_cap": 5.0,
         "use_gate": True,
+        "num_memory_key_values": 2,
         "position": lambda: keras_mha.RotaryEmbedding(
             scaling={
                 "rope_type": "dynamic",
@@ -102,7 +103,11 @@ OPTIONS = {
         ),
     },
     "ALiBi": {"num_key_value_heads": 2, "position": keras_mha.ALiBi},
-    "T5": {"sliding_window": 3, "position": keras_mha.RelativePositionBias},
+    "T5": {
+        "sliding_window": 3,
+        "num_memory_key_values": 2,
+        "position": keras_mha.RelativePositionBias,
+    },
 }
 EACH_OPTION = pytest.mark.parametrize("options", OPTIONS)
 

@@ -156,6 +156,7 @@ class TestNumbers:
             "attention_sink": "learned",
             "logit_soft_cap": 3.0,
             "sliding_window": 4,
+            "num_memory_key_values": 2,
             "flash_attention": True,  # such a layer would not return its scores
         }
         layer = MultiHeadAttention(4, 6, **options, name="attention")

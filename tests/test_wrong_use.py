@@ -144,6 +144,24 @@ CONSTRUCTOR = [
     ("cap text", construct(logit_soft_cap="50"), TypeError, "logit_soft_cap.*'50'"),
     ("scale inf", construct(scale=float("inf")), ValueError, "scale.*finite.*inf"),
     ("scale text", construct(scale="auto"), TypeError, "scale.*number.*'auto'"),
+    (
+        "no learned keys",
+        construct(num_memory_key_values=0),
+        ValueError,
+        "num_memory_key_values.*at least 1.*0",
+    ),
+    (
+        "learned keys float",
+        construct(num_memory_key_values=2.0),
+        TypeError,
+        "num_memory_key_values.*integer.*2.0",
+    ),
+    (
+        "learned keys a bool",
+        construct(num_memory_key_values=True),
+        TypeError,
+        "num_memory_key_values.*integer.*True",
+    ),
     ("unknown argument", construct(head_size=8), ValueError, "head_size"),
 ]
 

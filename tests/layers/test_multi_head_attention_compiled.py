@@ -83,7 +83,12 @@ CALLS = {
         {"use_causal_mask": True, "query_mask": VALID},
     ),
     "segments, a window, grouped heads and T5's bias": (
-        {"sliding_window": 9, "num_key_value_heads": 2, "attention_sink": "zero"},
+        {
+            "sliding_window": 9,
+            "num_key_value_heads": 2,
+            "num_memory_key_values": 3,
+            "attention_sink": "zero",
+        },
         {"segment_ids": IDS},
     ),
     "masks of one's own": (

@@ -128,6 +128,7 @@ CONSTRUCTORS = {
     "qk_norm": st.sampled_from([None, "rms"]),
     "attention_sink": st.sampled_from([None, "learned"]),
     "logit_soft_cap": st.sampled_from([None, 1.5]),
+    "num_memory_key_values": st.sampled_from([None, 2]),
     # Configured, and without effect at inference.
     "dropout": st.sampled_from([0.0, 0.5]),
 }

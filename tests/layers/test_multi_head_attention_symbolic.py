@@ -156,6 +156,10 @@ CALLS = {
         },
         {"query_mask": np.array([[True] * 4 + [False] * 2] * 2)},
     ),
+    "learned keys, window": (
+        {"num_memory_key_values": 2, "sliding_window": 2},
+        {"query_mask": np.array([[True] * 4 + [False] * 2] * 2)},
+    ),
 }
 
 
