@@ -43,7 +43,8 @@ def bias_beside_memory(bias: Tensor, count: int, length: Any) -> Tensor:
     if not isinstance(shape[-1], int) or shape[-1] == 1:
         # What is the same for all keys of the sequence is not added to learned ones.
         bias = ops.broadcast_to(bias, (*shape[:-1], length))
-    return ops.pad(bias, (*((0, 0),) * (len(shape) - 1), (count, 0)))
+    zeros = _filled(0.0, (*shape[:-1], count), dtype_name(bias))
+    return ops.concatenate([zeros, bias], axis=-1)
 
 
 def _moved(mask: Mask, count: int, length: Any) -> Mask | None:
