@@ -2,7 +2,7 @@
 
 import fnmatch
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -93,6 +93,25 @@ def attention_maps(
     >>> keras_mha.attention_maps(model, x, query_rows=-1)["attention"].shape
     (1, 2, 1, 10)
     """
+    return watched(weights_of, model, inputs, layers, heads, query_rows, call_arguments)
+
+
+def watched(
+    of_call: Callable[[AttentionCall, list[int], list[int], int], Any],
+    model: keras.layers.Layer,
+    inputs: Any,
+    layers: Any,
+    heads: int | Sequence[int] | None,
+    query_rows: int | Sequence[int] | None,
+    call_arguments: dict[str, Any],
+) -> dict[str, Any]:
+    """Calls a model once and returns what is worked out of its layers' attention.
+
+    Args:
+        of_call: Takes an attention call, the heads and the rows that are wanted, and
+            how many columns in front are those of learned keys.
+        model: As the other arguments, see `attention_maps`.
+    """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(
             "`model` must be a Keras model or layer. "
@@ -110,12 +129,41 @@ def attention_maps(
     )
     call_arguments = {"training": False, **call_arguments}
     was_built, before = _is_built(model), len(model.weights)
-    found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
+    found = _watched_call(model, inputs, call_arguments, _Watcher(of_call, *wishes))
     if not was_built or len(model.weights) != before:
         # Keras ran it with placeholders, to build it, and weights that are only just
         # being made have no lasting numbers in this call.
-        found = _watched_call(model, inputs, call_arguments, _Watcher(*wishes))
-    return found.maps_or_raise(model)
+        found = _watched_call(model, inputs, call_arguments, _Watcher(of_call, *wishes))
+    return found.found_or_raise(model)
+
+
+def weights_of(
+    call: AttentionCall, heads: list[int], rows: list[int], learned: int
+) -> np.ndarray:
+    """Returns a call's attention weights, `(B, heads, rows, S)`, as layers do: without
+    the columns of learned keys; see `watched`."""
+    batch, _, _, columns = call.scores_shape
+    dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
+    weights = np.empty((batch, len(heads), len(rows), columns - learned), dtype)
+    done = 0
+    for run, tile in tiles_of_rows(call, rows, _AT_ONCE):
+        part = reference.attention_weights(call, tile)
+        part = keras.ops.convert_to_numpy(part)[:, heads, :, learned:]
+        of_tile = [row - tile.row for row in run]
+        weights[:, :, done : done + len(run)] = part[:, :, of_tile]
+        done += len(run)
+    return weights
+
+
+def tiles_of_rows(
+    call: AttentionCall, rows: list[int], at_once: int
+) -> Iterator[tuple[list[int], Tile]]:
+    """Yields some of the rows at a time and a tile with these and all columns, of about
+    so many scores at most."""
+    batch, heads, _, columns = call.scores_shape
+    most = max(at_once // max(batch * heads * columns, 1), 1)
+    for run in _runs(rows, most):
+        yield run, Tile(run[0], run[-1] - run[0] + 1, 0, columns)
 
 
 def _is_built(model: keras.layers.Layer) -> bool:
@@ -134,19 +182,20 @@ def _watched_call(model, inputs, arguments, watcher) -> "_Watcher":
 
 
 class _Watcher:
-    """Works out the attention weights of the layers it is told of.
+    """Works out what is wanted of the layers it is told of.
 
     Nothing is raised in the middle of the model's call, where it could be caught or
     leave something half done.
     """
 
-    def __init__(self, layers, heads, query_rows):
+    def __init__(self, of_call, layers, heads, query_rows):
+        self._of_call = of_call
         self._layers, self._heads, self._query_rows = layers, heads, query_rows
         self._paths: list[str] = []
         self._unmatched = list(layers or ())
         self._unseen: list[str] = []
         self._error: Exception | None = None
-        self._maps: dict[str, np.ndarray] = {}
+        self._found: dict[str, Any] = {}
 
     def __call__(self, layer, query, key, value, **arguments):
         self._paths.append(layer.path)
@@ -160,9 +209,13 @@ class _Watcher:
         try:
             call = checked_call(query, key, value, **arguments)
             planner.plan(call, "reference")  # raises where it would see a part only
-            weights = self._weights(call, f"layer {name!r}")
-            # As the layer's scores: without the columns of learned keys.
-            self._maps[name] = weights[..., layer._num_memory_key_values or 0 :]
+            _, heads, rows, _ = call.scores_shape
+            chosen = (
+                _indices("heads", self._heads, heads, f"layer {name!r}"),
+                _indices("query_rows", self._query_rows, rows, f"layer {name!r}"),
+            )
+            learned = layer._num_memory_key_values or 0
+            self._found[name] = self._of_call(call, *chosen, learned)
         except Exception as error:
             self._error = error
 
@@ -173,26 +226,8 @@ class _Watcher:
         self._unmatched = [x for x in self._unmatched if x not in matching]
         return bool(matching)
 
-    def _weights(self, call: AttentionCall, where: str) -> np.ndarray:
-        batch, heads, rows, columns = call.scores_shape
-        chosen = _indices("heads", self._heads, heads, where)
-        wanted = _indices("query_rows", self._query_rows, rows, where)
-        most = max(_AT_ONCE // max(batch * heads * columns, 1), 1)
-        dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
-        weights = np.empty((batch, len(chosen), len(wanted), columns), dtype)
-        done = 0
-        for run in _runs(wanted, most):
-            first = run[0]
-            tile = Tile(first, run[-1] - first + 1, 0, columns)
-            part = reference.attention_weights(call, tile)
-            part = keras.ops.convert_to_numpy(part)[:, chosen]
-            rows_of_tile = [row - first for row in run]
-            weights[:, :, done : done + len(run)] = part[:, :, rows_of_tile]
-            done += len(run)
-        return weights
-
-    def maps_or_raise(self, model: keras.layers.Layer) -> dict[str, np.ndarray]:
-        """Returns the maps, or raises what kept them from being seen."""
+    def found_or_raise(self, model: keras.layers.Layer) -> dict[str, Any]:
+        """Returns what was worked out, or raises what kept it from being seen."""
         if self._error is not None:
             raise self._error
         if self._unseen:
@@ -215,7 +250,7 @@ class _Watcher:
                 f"{_listed(self._paths)}. Received: {_listed(self._unmatched)}"
             )
         self._warn_of_layers_not_called(model)
-        return self._maps
+        return self._found
 
     def _warn_of_layers_not_called(self, model: keras.layers.Layer) -> None:
         missed = [

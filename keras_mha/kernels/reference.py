@@ -16,7 +16,7 @@ References:
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -41,25 +41,37 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return output, ops.cast(weights, dtype) if call.return_scores else None
 
 
-def attention_weights(call: AttentionCall, tile: Tile) -> Tensor:
-    """Returns the attention weights before dropout of some rows.
+class Scores(NamedTuple):
+    """What there is between queries and keys; float32 for float16 and bfloat16 inputs.
 
     Args:
-        call: The call.
-        tile: A part of the scores that has all columns, and some rows.
-
-    Returns:
-        Shape `(B, N, rows, S)`; float32 for float16 and bfloat16 inputs too.
+        products: `query . key * scale`, shape `(B, N, rows, S)`.
+        logits: What softmax is taken of: capped, with biases; not masked.
+        allowed: Booleans that broadcast to this shape; `None` for all.
+        weights: The attention weights before dropout.
     """
+
+    products: Tensor
+    logits: Tensor
+    allowed: Tensor | None
+    weights: Tensor
+
+
+def scores_of_rows(call: AttentionCall, tile: Tile) -> Scores:
+    """Returns the scores of a part of a call that has all columns, and some rows."""
     bias = bias_block(call, tile)
-    logits = _logits(call, tile, bias)
-    return _masked_softmax(logits, allowed_pairs(call, tile, bias), call)
-
-
-def _logits(call: AttentionCall, tile: Tile, bias: Tensor | None) -> Tensor:
     query = at_least_float32(tile.cut_rows(call.query, 1))
-    key = at_least_float32(call.key)
-    logits = _query_dot_key(query * call.scale, key)
+    products = _query_dot_key(query * call.scale, at_least_float32(call.key))
+    logits, allowed = _logits(call, products, bias), allowed_pairs(call, tile, bias)
+    return Scores(products, logits, allowed, _masked_softmax(logits, allowed, call))
+
+
+def attention_weights(call: AttentionCall, tile: Tile) -> Tensor:
+    """Returns the weights that `scores_of_rows` does."""
+    return scores_of_rows(call, tile).weights
+
+
+def _logits(call: AttentionCall, logits: Tensor, bias: Tensor | None) -> Tensor:
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
     if bias is not None:
