@@ -17,8 +17,8 @@ from keras_mha.kernels.reference import Scores
 if TYPE_CHECKING:
     from rich.table import Table
 
-# How many scores are worked out at a time: 16 MiB of them in float32, several times.
-_AT_ONCE = 2**22
+# How many scores are worked out at a time: 4 MiB of them in float32, several times.
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 import keras_mha
 from keras_mha import attention_summary
+from tests import oracle
 from tests.helpers import to_tensor
+from tests.layers.test_multi_head_attention_numbers import weights_of
 
 NUMBERS = ("entropy", "distance", "first_token", "diagonal")
 
@@ -109,6 +111,119 @@ def test_of_a_model():
             np.testing.assert_array_equal(getattr(part, name), whole)
 
 
+X = np.random.default_rng(4).normal(size=(2, 6, 8)).astype("float32")
+VALID = np.arange(6) < np.array([[4], [6]])
+BIAS = np.random.default_rng(5).normal(size=(4, 6, 6)).astype("float32")
+# What a layer is made with, what it is called with, and both for the definition.
+MODELS = {
+    "plain": ({}, {}, {}),
+    "causal": ({}, {"use_causal_mask": True}, {}),
+    "padding": ({"sliding_window": 2}, {"query_mask": VALID, "value_mask": VALID}, {}),
+    "grouped heads": ({"num_key_value_heads": 2, "qk_norm": "rms"}, {}, {}),
+    "soft cap": ({"logit_soft_cap": 0.5, "attention_sink": "learned"}, {}, {}),
+    "bias": ({}, {"attention_bias": BIAS, "use_causal_mask": True}, {}),
+    "ALiBi": (
+        {"position": keras_mha.ALiBi},
+        {"use_causal_mask": True},
+        {"position": {"kind": "alibi"}},
+    ),
+    "rotary": (
+        {"position": keras_mha.RotaryEmbedding},
+        {},
+        {"position": {"kind": "rotary"}},
+    ),
+    "learned keys": (
+        {"num_memory_key_values": 2, "logit_soft_cap": 0.5, "use_gate": True},
+        {"use_causal_mask": True},
+        {},
+    ),
+}
+
+
+def layer_of(config):
+    position = config.get("position", lambda: None)()
+    layer = keras_mha.MultiHeadAttention(4, 4, **{**config, "position": position})
+    layer.build((2, 6, 8))
+    draws = np.random.default_rng(6)
+    layer.set_weights([draws.normal(size=w.shape) for w in layer.get_weights()])
+    return layer
+
+
+def largest_by_definition(monkeypatch, layer, config, call):
+    """The largest products and logits, by what the definition softens into weights."""
+    seen = []
+    attend = oracle.dot_product_attention
+
+    def watch(query, key, value, *, mask, bias, scale, logit_soft_cap, sink):
+        groups = query.shape[2] // key.shape[2]
+        key_of_head = np.repeat(key, groups, axis=2)
+        products = scale * np.einsum("btnh,bsnh->bnts", query, key_of_head)
+        cap = logit_soft_cap
+        logits = products if cap is None else cap * np.tanh(products / cap)
+        logits = logits if bias is None else logits + bias
+        for x in (products, logits):
+            seen.append(np.where(mask, x, -np.inf).max(axis=(0, 2, 3)))
+        rest = {"scale": scale, "logit_soft_cap": logit_soft_cap, "sink": sink}
+        return attend(query, key, value, mask=mask, bias=bias, **rest)
+
+    monkeypatch.setattr(oracle, "dot_product_attention", watch)
+    oracle.multi_head_attention(weights_of(layer), config, X, **call)
+    return seen
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * 4 * 8 * 4, 2**20])
+@pytest.mark.parametrize("name", MODELS)
+def test_of_a_layers_call_without_its_scores(name, at_once, monkeypatch):
+    config, call, by_definition = MODELS[name]
+    layer = layer_of(config)
+    monkeypatch.setattr("keras_mha.summary._AT_ONCE", at_once)
+    summary = attention_summary(layer, X, **call)
+    expected = attention_summary(keras_mha.attention_maps(layer, X, **call))
+    assert list(summary.layer) == [layer.path] * 4
+    assert list(summary.head) == [0, 1, 2, 3]
+    for number in NUMBERS:
+        found = getattr(summary, number)
+        np.testing.assert_allclose(found, getattr(expected, number), atol=1e-5)
+    assert np.isnan(expected.largest_logit).all()  # weights do not tell
+    products, logits = largest_by_definition(
+        monkeypatch, layer, {**config, **by_definition}, call
+    )
+    np.testing.assert_allclose(summary.largest_product, products, rtol=1e-5)
+    np.testing.assert_allclose(summary.largest_logit, logits, rtol=1e-5)
+
+
+def test_of_a_call_with_a_cache():
+    layer = layer_of({})
+    cache = layer.init_cache(2, 9)
+    summary = attention_summary(layer, X, cache=cache, use_causal_mask=True)
+    expected = attention_summary(layer, X, use_causal_mask=True)
+    for name in (*NUMBERS, "largest_product", "largest_logit"):
+        found = getattr(summary, name)
+        np.testing.assert_allclose(found, getattr(expected, name), rtol=1e-5)
+
+
+def test_of_chosen_layers_heads_and_rows_of_a_model():
+    inputs = keras.Input((6, 8))
+    x = keras_mha.MultiHeadAttention(2, 4, name="first")(inputs)
+    model = keras.Model(inputs, keras_mha.MultiHeadAttention(3, 4, name="last")(x))
+    wishes = {"layers": "last", "heads": [2, 0], "query_rows": [5, 1]}
+    summary = attention_summary(model, X, **wishes)
+    scores = keras_mha.attention_maps(model, X, **wishes)["last"]
+    expected = attention_summary(scores, heads=[2, 0], query_rows=[5, 1])
+    assert list(summary.layer) == ["last", "last"]
+    for name in ("head", *NUMBERS):
+        found = getattr(summary, name)
+        np.testing.assert_allclose(found, getattr(expected, name), atol=1e-6)
+
+
+def test_a_head_that_sees_nothing_has_no_numbers():
+    layer = layer_of({})
+    nothing = np.zeros((6, 6), dtype=bool)
+    summary = attention_summary(layer, X, attention_mask=nothing)
+    for name in (*NUMBERS, "largest_product", "largest_logit"):
+        assert np.isnan(getattr(summary, name)).all()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_of_a_tensor(dtype):
     scores = weights(1, 2, 3, 4, 4)
@@ -150,6 +265,14 @@ class TestTable:
         assert f"{summary.entropy[1]:.2f}" in text
         assert f"{summary.diagonal[0]:.1%}" in text
 
+    def test_shows_the_largest_logits_of_a_model(self):
+        summary = attention_summary(layer_of({"logit_soft_cap": 0.5}), X)
+        text = self.shown(summary)
+        headers = [column.header for column in summary.table().columns]
+        assert headers[-2:] == ["largest product", "largest logit"]
+        assert f"{summary.largest_product[0]:.2f}" in text
+        assert f"{summary.largest_logit[0]:.2f}" in text
+
     def test_has_no_column_of_layers_that_have_no_names(self):
         table = attention_summary(weights(3, 2, 5, 5)).table()
         assert [column.header for column in table.columns] == [
@@ -162,6 +285,11 @@ class TestTable:
 
 
 class TestWrongUse:
+    @pytest.mark.parametrize("name", ["inputs", "layers", "use_causal_mask"])
+    def test_what_belongs_to_a_model(self, name):
+        with pytest.raises(TypeError, match=rf"`{name}` belongs to a model.*ndarray"):
+            attention_summary(np.eye(4), **{name: True})
+
     def test_scores(self):
         with pytest.raises(ValueError, match=r"`scores` must have the shape.*\(5,\)"):
             attention_summary(np.ones(5))
