@@ -14,6 +14,7 @@ import keras
 from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
+from keras_mha.layers.projections import copy_of, normalized
 from keras_mha.memory_columns import (
     BiasBesideMemory,
     bias_beside_memory,
@@ -25,26 +26,22 @@ Heads = tuple[Tensor, Tensor, Tensor]
 """Query `(B, T, N, H)`, key `(B, S, K, H)` and value `(B, S, K, V)`."""
 
 
-def add_weights(layer: keras.layers.Layer, count: int | None, initializers: Any):
+def add_weights(layer: Any, count: int | None) -> None:
     """Gives a layer `memory_key` and `memory_value`, `None` without a `count`.
 
     Args:
         layer: The attention layer.
         count: How many keys and values each of its key heads learns.
-        initializers: One for the keys and one for the values.
     """
     layer.memory_key = layer.memory_value = None
     if count is None:
         return
-    heads = layer.num_key_value_heads
-    for name, width, initializer in zip(
-        ("memory_key", "memory_value"),
-        (layer.key_dim, layer.value_dim),
-        initializers,
-        strict=True,
-    ):
+    widths = {"memory_key": layer.key_dim, "memory_value": layer.value_dim}
+    for name, width in widths.items():
         weight = layer.add_weight(
-            name=name, shape=(count, heads, width), initializer=initializer
+            name=name,
+            shape=(count, layer.num_key_value_heads, width),
+            initializer=copy_of(layer._kernel_initializer),
         )
         setattr(layer, name, weight)
 
@@ -65,7 +62,7 @@ def joined(
     """
     if layer.memory_key is None:
         return heads, arguments
-    key = layer._normalized(layer.memory_key, layer.key_norm_scale)
+    key = normalized(layer, layer.memory_key, layer.key_norm_scale)
     if splits_sequences():
         raise ValueError(
             "`num_memory_key_values` must be None within torch's context_parallel, "

@@ -384,8 +384,7 @@ class MultiHeadAttention(keras.layers.Layer):
             )
         if self._attention_sink == "learned":
             self.sink = self._add_float32_weight("sink", self._num_heads, "zeros")
-        initializers = (_copy_of(self._kernel_initializer) for _ in range(2))
-        memory_key_values.add_weights(self, self._num_memory_key_values, initializers)
+        memory_key_values.add_weights(self, self._num_memory_key_values)
 
     def _add_float32_weight(self, name: str, size: int, initializer: str):
         """Adds a weight that keeps its precision under a mixed policy."""

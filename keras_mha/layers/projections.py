@@ -70,8 +70,8 @@ def _arguments(layer, name):
         policy = policy[f"{layer.path}/{name}"]
     return {
         # A copy each: the same initializer twice would give the same weights.
-        "kernel_initializer": _copy_of(layer._kernel_initializer),
-        "bias_initializer": _copy_of(layer._bias_initializer),
+        "kernel_initializer": copy_of(layer._kernel_initializer),
+        "bias_initializer": copy_of(layer._bias_initializer),
         "kernel_regularizer": layer._kernel_regularizer,
         "bias_regularizer": layer._bias_regularizer,
         "activity_regularizer": layer._activity_regularizer,
@@ -81,13 +81,14 @@ def _arguments(layer, name):
     }
 
 
-def _copy_of(initializer):
+def copy_of(initializer: keras.initializers.Initializer) -> Any:
+    """Returns an initializer like another, for a weight of its own."""
     return initializer.__class__.from_config(initializer.get_config())
 
 
 def query_heads(layer: Any, query: Tensor) -> Tensor:
     """Returns a query as normalised heads, `(B', T, N, H)`."""
-    heads = _normalized(layer, layer.query_dense(query), layer.query_norm_scale)
+    heads = normalized(layer, layer.query_dense(query), layer.query_norm_scale)
     return layer._axes.fold(heads)
 
 
@@ -96,7 +97,7 @@ def key_heads(layer: Any, key: Tensor) -> Tensor:
     if layer.num_key_value_heads < layer.num_heads:
         kernel = kernel_variable(layer.key_dense).value
         input_checks.check_shared_heads(kernel, layer.num_key_value_heads)
-    heads = _normalized(layer, layer.key_dense(key), layer.key_norm_scale)
+    heads = normalized(layer, layer.key_dense(key), layer.key_norm_scale)
     return layer._axes.fold(heads)
 
 
@@ -105,7 +106,8 @@ def value_heads(layer: Any, value: Tensor) -> Tensor:
     return layer._axes.fold(layer.value_dense(value))
 
 
-def _normalized(layer, heads, scale):
+def normalized(layer: Any, heads: Tensor, scale: Tensor | None) -> Tensor:
+    """Returns heads as the layer's `qk_norm` has them."""
     if layer._qk_norm is None:
         return heads
     return normalize_heads(heads, layer._qk_norm, layer._qk_norm_epsilon, scale)
