@@ -111,10 +111,6 @@ class Dilated(masks.Mask):
         return (rows - columns) % 3 == 0
 
 
-def of_later_queries(i, j):
-    return i + 0 * j > 600
-
-
 # In long sequences, where there are tiles or slices of the fused kernel to skip.
 LENGTH = 1100
 IDS = np.sort(RNG.integers(0, 3, size=(1, LENGTH)))
@@ -136,10 +132,7 @@ LONG = {
         {"attention_sink": "learned", "logit_soft_cap": 2.0},
         {"query_mask": np.arange(LENGTH)[None] % 5 > 0, "use_causal_mask": True},
     ),
-    "nothing for some rows": (
-        {},
-        {"attention_mask": masks.Where(of_later_queries)},
-    ),
+    "nothing for some rows": ({}, {"attention_mask": masks.Causal(-600)}),
 }
 
 
