@@ -109,7 +109,13 @@ OPTIONS = {
         "position": keras_mha.RelativePositionBias,
     },
 }
-EACH_OPTION = pytest.mark.parametrize("options", OPTIONS)
+
+
+def side_by_side(x, layers, **call):
+    """A model of several layers, by name, which all attend within the same input: one
+    file for all of them, since making a file takes seconds."""
+    outputs = [layer(x, **call) for layer in layers.values()]
+    return with_random_weights(keras.Model(x, keras.layers.Concatenate()(outputs)))
 
 
 def made(options):
@@ -237,6 +243,17 @@ def assert_runs_alike(model, run, *shapes):
         np.testing.assert_allclose(run(arrays), predicted(model, arrays), atol=2e-5)
 
 
+def assert_layers_run_alike(model, layers, run, *shapes):
+    """As `assert_runs_alike`, of a model `side_by_side`: says which layers differ."""
+    for shape in shapes:
+        arrays = inputs_of(model, *shape)
+        found, wanted = run(arrays), predicted(model, arrays)
+        errors = np.abs(found - wanted).max(axis=tuple(range(found.ndim - 1)))
+        errors = dict(zip(layers, np.split(errors, len(layers)), strict=True))
+        wrong = {name: error.max() for name, error in errors.items()}
+        assert all(error < 2e-5 for error in wrong.values()), wrong
+
+
 # ---------------------------------------------------------------------- exports
 
 
@@ -257,26 +274,27 @@ POSITIONS_OF_IMAGES = {
 
 
 @EACH_FORMAT
-@pytest.mark.parametrize("position", POSITIONS_OF_IMAGES)
-def test_positions_over_several_axes_are_exported(file_format, position, tmp_path):
-    x = keras.Input((3, 2, 8), name="x")
-    layer = OURS(4, key_dim=4, position=POSITIONS_OF_IMAGES[position]())
-    model = with_random_weights(keras.Model(x, layer(x)))
+def test_positions_over_several_axes_are_exported(file_format, tmp_path):
+    layers = {
+        name: OURS(4, key_dim=4, position=position())
+        for name, position in POSITIONS_OF_IMAGES.items()
+    }
+    model = side_by_side(keras.Input((3, 2, 8), name="x"), layers)
     run = exported(model, file_format, tmp_path)
-    assert_runs_alike(model, run, (1,), (3,))
+    assert_layers_run_alike(model, layers, run, (1,), (3,))
 
 
 # TensorFlow's tiles of a length not known yet are slow to convert, and are looked at
 # below; jax2onnx 0.17 counts positions (`jax.numpy.arange`) only up to a known one.
 # PyTorch's models are traced on a length of 1, of which nothing may be kept.
 @EACH_FORMAT
-@EACH_OPTION
-def test_options_are_exported(file_format, options, tmp_path):
+def test_options_are_exported(file_format, tmp_path):
     is_open = BACKEND == "torch" or (BACKEND, file_format) == ("jax", "tf_saved_model")
-    length = None if is_open else 6
-    model = self_attention(length, **made(options))
+    x = keras.Input((None if is_open else 6, 8), name="x")
+    layers = {name: OURS(4, key_dim=4, **made(name)) for name in OPTIONS}
+    model = side_by_side(x, layers, use_causal_mask=True)
     run = exported(model, file_format, tmp_path)
-    assert_runs_alike(model, run, (1, 5), (2, 9))
+    assert_layers_run_alike(model, layers, run, (1, 5), (2, 9))
 
 
 # TensorFlow's tiles take long to be converted: LiteRT has the masks, the rest has none.
