@@ -341,6 +341,15 @@ def test_a_given_figure_is_drawn_into_and_returned(weights, panels):
     assert tuple(figure.get_size_inches()) == (7, 5)
 
 
+def test_a_given_figure_is_laid_out_unless_it_has_a_layout(weights):
+    bare, own = Figure(), Figure(layout="constrained")
+    engine = own.get_layout_engine()
+    for figure in (bare, own):
+        plot_attention(weights(2, 3, 3), figure=figure)
+    assert bare.get_layout_engine() is not None
+    assert own.get_layout_engine() is engine
+
+
 def test_a_part_of_a_figure_is_drawn_into(weights, panels):
     whole = Figure(layout="constrained")
     left, right = whole.subfigures(1, 2)

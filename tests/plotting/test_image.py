@@ -192,6 +192,19 @@ def test_images_leave_their_darkest_and_brightest_to_be_drawn_over(weights, pane
 
 
 @pytest.mark.filterwarnings("error")
+def test_what_is_transparent_lies_on_white(weights, panels):
+    red, opacities = (1.0, 0.0, 0.0), [0.0, 0.25, 1.0]
+    image = np.array([[(*red, opacity) for opacity in opacities]] * 2)
+    on_white = np.array([[(1.0, 1 - x, 1 - x) for x in opacities]] * 2)
+    drawn = [
+        panels(plot_heads_over_image(weights(1, 3, 3), picture, grid=(1, 3)))[0]
+        for picture in (image, on_white)
+    ]
+    found, expected = (axes.images[0].get_array() for axes in drawn)
+    assert found.shape == (2, 3, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_flat_images_and_weights_of_0_are_drawn(panels):
     figure = plot_heads_over_image(np.zeros((1, 4, 4)), np.full((4, 4), 7.5))
     figure.savefig(io.BytesIO())

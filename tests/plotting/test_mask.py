@@ -107,6 +107,28 @@ def test_short_masks_are_cut_into_a_few_tiles(rows, columns, tiles):
     assert entries(figure)[0].split()[4] == str(tiles)
 
 
+def borders(figure):
+    """Where lines run along rows, and where along columns."""
+    (axes,) = figure.axes
+    lines = [tuple(map(tuple, line.get_xydata())) for line in axes.lines]
+    rows = [y for (x, y), (_, other) in lines if y == other]
+    columns = [x for (x, y), (other, _) in lines if x == other]
+    return rows, columns
+
+
+def test_tiles_have_borders_between_them():
+    rows, columns = borders(plot_mask(masks.Causal(), 7, 9, tile=(3, 4)))
+    assert rows == [2.5, 5.5]
+    assert columns == [3.5, 7.5]
+
+
+@pytest.mark.parametrize(("tiles", "lines"), [(64, 63), (65, 0)])
+def test_more_tiles_than_lines_leave_room_for_have_no_borders(tiles, lines):
+    rows, columns = borders(plot_mask(masks.Causal(), tiles, 2, tile=(1, 1)))
+    assert len(rows) == lines
+    assert columns == [0.5]
+
+
 def test_a_tile_larger_than_the_mask_is_all_of_it():
     assert cells(plot_mask(masks.Prefix(5), 2, tile=64)) == ["FF", "FF"]
 
