@@ -60,7 +60,7 @@ class Claims:
 
     def test_pictures_are_drawn(self, notebook):
         found = pictures(notebook)
-        assert set(found) == {"gaps", "picture"}
+        assert set(found) == {"gaps", "due", "picture"}
         assert all(len(png) > 4_000 for pngs in found.values() for png in pngs)
 
 
@@ -87,6 +87,11 @@ class TestTheKeptNotebook(Claims):
         assert by_days[0] > rates["popularity"][0] + 30
         assert by_days[0] > rates["one's own"][0]
         assert by_days[1] > by_order[1] + 5
+
+    def test_the_first_block_looks_at_what_is_due(self, notebook):
+        text = printed(notebook)["due"]
+        assert number_after("due:", text) > 2
+        assert number_after("ago:", text) < 1
 
     def test_looks_at_what_the_answer_follows(self, notebook):
         found = looks(printed(notebook)["looks"])
