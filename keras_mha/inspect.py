@@ -264,7 +264,7 @@ class _Watcher:
             warnings.warn(
                 f"`model` holds attention layers that were not seen: {_listed(missed)}."
                 " It did not call them, or only in a compiled function.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -66,7 +66,10 @@ def _moved_causal(mask, count, length):
 
 
 def _moved_prefix(mask, count, length):
-    return Prefix(mask.n + count)
+    if isinstance(mask.n, int):
+        return Prefix(mask.n + count)
+    # Small integers would overflow, and numbers below 0 hide learned keys.
+    return Prefix(larger(ops.cast(mask.n, "int32"), 0) + count)
 
 
 def _moved_padding(mask, count, length):

@@ -209,9 +209,10 @@ def _statistics(
 
 
 def _rows_of(x: Tensor | None, rows: list[int]) -> Tensor | None:
-    if x is None or x.shape[2] == 1:
+    if x is None or x.shape[-2] == 1:
         return x
-    return keras.ops.take(x, keras.ops.convert_to_tensor(rows, dtype="int32"), axis=2)
+    # Counted from the end: what a mask says may have two axes only.
+    return keras.ops.take(x, keras.ops.convert_to_tensor(rows, dtype="int32"), axis=-2)
 
 
 def _sums_of_rows(weights: Tensor, rows: list[int]) -> Tensor:

@@ -495,8 +495,12 @@ class TestWrongUse:
         model = Model()
         maps = attention_maps(model, X, "outer")
         assert [path.split("/")[-1] for path in maps] == ["outer"]
-        with pytest.warns(UserWarning, match=r"not seen: '.*attention'\. It did not"):
+        with pytest.warns(
+            UserWarning, match=r"not seen: '.*attention'\. It did not"
+        ) as told:
             assert list(attention_maps(model, X)) == list(maps)
+        (warning,) = (x for x in told if "not seen" in str(x.message))
+        assert warning.filename == __file__
         model.function = compiled(lambda x: self.again(x))
         self.again = model.inner
         with pytest.raises(ValueError, match=r"numbers cannot be seen.*attention'"):

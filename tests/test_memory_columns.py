@@ -47,6 +47,8 @@ MASKS = {
     "window": masks.SlidingWindow(2),
     "prefix": masks.Prefix(4),
     "prefix by row": masks.Prefix(np.array([0, 3])),
+    "prefix below 0": masks.Prefix(np.array([-3, 2])),
+    "prefix in small integers": masks.Prefix(np.array([255, 2], "uint8")),
     "padding": masks.Padding(VALID),
     "padding of all rows": masks.Padding(VALID[:1]),
     "padding of all keys": masks.Padding(np.array([[True], [False]])),

@@ -216,6 +216,20 @@ def test_of_chosen_layers_heads_and_rows_of_a_model():
         np.testing.assert_allclose(found, getattr(expected, name), atol=1e-6)
 
 
+@pytest.mark.parametrize("learned", [None, 2])
+def test_of_rows_of_a_masked_call_with_gaps_between_them(learned):
+    layer = layer_of({"num_memory_key_values": learned})
+    call = {"use_causal_mask": True}
+    # One at a time they are no rows of one tile.
+    each = [attention_summary(layer, X, query_rows=[row], **call) for row in (0, 3, 4)]
+    summary = attention_summary(layer, X, query_rows=[0, 3, 4], **call)
+    for name in ("largest_product", "largest_logit"):
+        expected = np.max([getattr(x, name) for x in each], axis=0)
+        np.testing.assert_allclose(getattr(summary, name), expected, rtol=1e-5)
+    expected = np.mean([x.entropy for x in each], axis=0)
+    np.testing.assert_allclose(summary.entropy, expected, rtol=1e-5)
+
+
 def test_a_head_that_sees_nothing_has_no_numbers():
     layer = layer_of({})
     nothing = np.zeros((6, 6), dtype=bool)

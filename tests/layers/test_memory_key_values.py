@@ -121,6 +121,10 @@ LONG = {
         {"sliding_window": 100, "position": keras_mha.RelativePositionBias},
         {"use_causal_mask": True},
     ),
+    "T5, and more of them than a tile has keys": (
+        {"num_memory_key_values": 600, "position": keras_mha.RelativePositionBias},
+        {"use_causal_mask": True},
+    ),
     "segments, ALiBi": ({"position": keras_mha.ALiBi}, {"segment_ids": IDS}),
     "padding": ({}, {"value_mask": np.arange(LENGTH)[None] < 700}),
     "one's own": ({}, {"attention_mask": Dilated() & masks.SlidingWindow(200)}),

@@ -169,6 +169,8 @@ def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     inputs = [x.detach().requires_grad_() for x in tensors]
     with torch.enable_grad():
         y = function(*inputs)
+    if not y.requires_grad:  # it may be constant: in a tile of learned keys alone, say
+        return tuple(torch.zeros_like(x) for x in inputs)
     return torch.autograd.grad(y, inputs, cotangent(y.detach()))
 
 
