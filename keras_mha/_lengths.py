@@ -1,8 +1,10 @@
-"""Lengths that may be 1 to broadcast, which a graph may learn only when it runs."""
+"""Lengths: ints, or tensors where a graph learns them only when it runs."""
 
 from typing import Any
 
 from keras import ops
+
+from keras_mha._keras import larger, smaller
 
 
 def unless_one(length: Any, other: Any, one: int = 1) -> Any:
@@ -16,3 +18,17 @@ def unless_one(length: Any, other: Any, one: int = 1) -> Any:
     if isinstance(length, int):
         return one if length == 1 else other
     return ops.where(ops.equal(length, 1), one, other)
+
+
+def shorter(x: Any, y: Any) -> Any:
+    """Returns the smaller of two lengths, a number if both are."""
+    if isinstance(x, int) and isinstance(y, int):
+        return min(x, y)
+    return smaller(x, y)
+
+
+def longer(x: Any, y: Any) -> Any:
+    """Returns the larger of two lengths, a number if both are."""
+    if isinstance(x, int) and isinstance(y, int):
+        return max(x, y)
+    return larger(x, y)

@@ -115,7 +115,8 @@ def attention_summary(
     Queries that attend to nothing (padding) do not count. With an attention sink or
     learned keys weights sum to less than 1: entropy and distance are those of the
     weights divided by their sum, shares are not. (The products and logits of learned
-    keys count among the largest.)
+    keys count among the largest.) Of talking heads the weights are those of softmax,
+    before they are mixed, and the products those before, too.
 
     Args:
         scores: A Keras model or layer that holds `keras_mha.MultiHeadAttention`; or

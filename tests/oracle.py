@@ -34,6 +34,7 @@ def dot_product_attention(
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     sink: float | Array | None = None,
+    talking_heads: tuple[Array | None, Array | None] = (None, None),
     dropout_multiplier: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention of (B, T, N, H) queries to (B, S, K, H) keys, (B, S, K, V) values.
@@ -41,15 +42,18 @@ def dot_product_attention(
     For each batch row and each head, with i a query and j a key:
 
         r_ij = scale * (q_i . k_j)                      scale = 1 / sqrt(H) by default
+        r_ij = sum_n A_n r_ij of head n                 if heads talk before softmax
         s_ij = cap * tanh(r_ij / cap) + bias_ij         (no cap: s_ij = r_ij + bias_ij)
         p_ij = exp(s_ij) / (exp(sink) + sum_j exp(s_ij))      over the visible j
+        p_ij = sum_n B_n p_ij of head n                 if heads talk after softmax
         o_i  = sum_j m_ij p_ij v_j
 
     `mask` (True = visible) and `bias` broadcast to (B, N, T, S) as NumPy does; a bias
     of -inf hides the key as the mask does. Without a sink the term exp(sink) is absent.
     `sink` is one logit or one logit a head, shape (N,). m_ij is dropout's multiplier,
     0 or 1 / (1 - rate), and 1 where none is given. A row that sees no key has weights
-    of zero.
+    of zero. `talking_heads` are two matrices (N, N), of which A and B are the head's
+    column: what it hears of each head.
 
     Returns the output (B, T, N, V) and the scores p (B, N, T, S), before dropout.
     """
@@ -58,7 +62,8 @@ def dot_product_attention(
     keys, groups = key.shape[1], key.shape[2]
     kept = _dropout_multiplier(dropout_multiplier, (batch, heads, queries, keys))
 
-    logits, visible = _logits(query, key, mask, bias, scale, logit_soft_cap)
+    before, after = talking_heads
+    logits, visible = _logits(query, key, mask, bias, scale, logit_soft_cap, before)
     sinks = _sinks(sink, heads)
     scores = np.zeros((batch, heads, queries, keys))
     output = np.zeros((batch, queries, heads, value.shape[-1]))
@@ -70,9 +75,24 @@ def dot_product_attention(
                     visible[b, n, i],
                     None if sink is None else sinks[n],
                 )
+        scores[b] = mixed(scores[b], after)
+        for n in range(heads):
             k = n // (heads // groups)
             output[b, :, n] = (kept[b, n] * scores[b, n]) @ value[b, :, k]
     return output, scores
+
+
+def mixed(heads: Array, matrix: Array | None) -> Array:
+    """Head m of the result is sum_n matrix[n, m] heads[n]; (N, T, S) and (N, N)."""
+    if matrix is None:
+        return heads
+    matrix = _float64(matrix)
+    return np.stack(
+        [
+            sum(matrix[n, m] * heads[n] for n in range(len(heads)))
+            for m in range(len(heads))
+        ]
+    )
 
 
 def softmax(logits: Array, visible: Array, sink: float | None = None) -> Array:
@@ -198,6 +218,7 @@ def _logits(
     bias: Array | None,
     scale: float | None,
     logit_soft_cap: float | None,
+    mixing: Array | None = None,
 ) -> tuple[Array, Array]:
     """s_ij, and which of them count, both (B, N, T, S)."""
     batch, queries, heads, width = query.shape
@@ -212,6 +233,7 @@ def _logits(
         for n in range(heads):
             k = n // (heads // groups)
             logits[b, n] = scale * (query[b, :, n] @ key[b, :, k].T)
+        logits[b] = mixed(logits[b], mixing)
     if logit_soft_cap is not None:
         logits = logit_soft_cap * np.tanh(logits / logit_soft_cap)
 
@@ -681,11 +703,12 @@ def multi_head_attention(
     (D', K, V), "output_kernel" (N, V, *E) and, where the layer has them,
     "query_bias" (N, H), "key_bias" (K, H), "value_bias" (K, V), "output_bias" (*E),
     "gate_kernel" (D, N, V), "gate_bias" (N, V), "query_norm" (H,), "key_norm" (H,),
-    "sink" (N,), "position_table" (num_buckets, N), and of learned keys and values K_m
-    "memory_key" (n, K, H) and V_m "memory_value" (n, K, V), which no mask hides and to
-    whose scores no bias is added. `config` holds the layer's arguments
-    by their public names; one that is missing has its default. `value` None is
-    self-attention; `key` None is `value`.
+    "sink" (N,), "talking_heads_pre" (N, N), "talking_heads_post" (N, N),
+    "position_table" (num_buckets, N), and of learned keys and values K_m "memory_key"
+    (n, K, H) and V_m "memory_value" (n, K, V), which no mask hides and to whose scores
+    no bias is added. `config` holds the layer's arguments by their public names; one
+    that is missing has its default. `value` None is self-attention; `key` None is
+    `value`.
 
     `config["position"]` is plain data: {"kind": "rotary", ...} with the options of
     `rotary`; {"kind": "alibi"}; or {"kind": "relative", ...} with the options of
@@ -796,6 +819,7 @@ def multi_head_attention(
         scale=scale,
         logit_soft_cap=config.get("logit_soft_cap"),
         sink=sink,
+        talking_heads=tuple(weights.get(f"talking_heads_{x}") for x in ("pre", "post")),
     )
     scores = scores[..., : key.shape[1]]
     if config.get("use_gate"):

@@ -132,6 +132,7 @@ MODELS = {
         {},
         {"position": {"kind": "rotary"}},
     ),
+    "talking heads": ({"talking_heads": "pre", "logit_soft_cap": 2.0}, {}, {}),
     "learned keys": (
         {"num_memory_key_values": 2, "logit_soft_cap": 0.5, "use_gate": True},
         {"use_causal_mask": True},
@@ -154,16 +155,17 @@ def largest_by_definition(monkeypatch, layer, config, call):
     seen = []
     attend = oracle.dot_product_attention
 
-    def watch(query, key, value, *, mask, bias, scale, logit_soft_cap, sink):
+    def watch(query, key, value, *, mask, bias, logit_soft_cap, talking_heads, **rest):
         groups = query.shape[2] // key.shape[2]
         key_of_head = np.repeat(key, groups, axis=2)
-        products = scale * np.einsum("btnh,bsnh->bnts", query, key_of_head)
+        products = rest["scale"] * np.einsum("btnh,bsnh->bnts", query, key_of_head)
         cap = logit_soft_cap
-        logits = products if cap is None else cap * np.tanh(products / cap)
+        logits = np.stack([oracle.mixed(row, talking_heads[0]) for row in products])
+        logits = logits if cap is None else cap * np.tanh(logits / cap)
         logits = logits if bias is None else logits + bias
         for x in (products, logits):
             seen.append(np.where(mask, x, -np.inf).max(axis=(0, 2, 3)))
-        rest = {"scale": scale, "logit_soft_cap": logit_soft_cap, "sink": sink}
+        rest |= {"logit_soft_cap": cap, "talking_heads": talking_heads}
         return attend(query, key, value, mask=mask, bias=bias, **rest)
 
     monkeypatch.setattr(oracle, "dot_product_attention", watch)
@@ -190,6 +192,17 @@ def test_of_a_layers_call_without_its_scores(name, at_once, monkeypatch):
     )
     np.testing.assert_allclose(summary.largest_product, products, rtol=1e-5)
     np.testing.assert_allclose(summary.largest_logit, logits, rtol=1e-5)
+
+
+def test_of_heads_that_talk_after_softmax_before_they_do():
+    """What is mixed is no distribution: it may be negative."""
+    layer = layer_of({"talking_heads": "post"})
+    summary = attention_summary(layer, X)
+    layer.talking_heads_post.assign(np.eye(4))
+    expected = attention_summary(keras_mha.attention_maps(layer, X))
+    for number in NUMBERS:
+        found = getattr(summary, number)
+        np.testing.assert_allclose(found, getattr(expected, number), atol=1e-5)
 
 
 def test_of_a_call_with_a_cache():

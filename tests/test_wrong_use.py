@@ -162,6 +162,18 @@ CONSTRUCTOR = [
         TypeError,
         "num_memory_key_values.*integer.*True",
     ),
+    (
+        "talking heads a bool",
+        construct(talking_heads=True),
+        ValueError,
+        "talking_heads.*'pre', 'post', 'both'.*True",
+    ),
+    (
+        "talking heads of a flash kernel",
+        construct(talking_heads="post", flash_attention=True),
+        ValueError,
+        "talking_heads.*None with `flash_attention=True`.*all heads.*'post'",
+    ),
     ("unknown argument", construct(head_size=8), ValueError, "head_size"),
 ]
 
@@ -441,6 +453,24 @@ FUNCTION = [
         r"sink.*\(4,\).*\(3,\)",
     ),
     ("sink as text", attend(sink="zero"), TypeError, "sink.*'zero'"),
+    (
+        "one matrix for talking heads",
+        attend(talking_heads=floats(4, 4)),
+        TypeError,
+        "talking_heads.*pair of matrices.*before.*after",
+    ),
+    (
+        "talking heads as text",
+        attend(talking_heads=("pre", None)),
+        TypeError,
+        "talking_heads.*'pre'",
+    ),
+    (
+        "talking heads of other heads",
+        attend(talking_heads=(None, floats(3, 4))),
+        ValueError,
+        r"talking_heads.*\(4, 4\).*\(3, 4\)",
+    ),
     ("dropout 1.5", attend(dropout=1.5), ValueError, "dropout.*0 to 1.*1.5"),
     ("seed as text", attend(dropout=0.1, seed="s"), TypeError, "seed.*'s'"),
     (

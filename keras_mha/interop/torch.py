@@ -159,6 +159,7 @@ def _check_torch_has_it(layer: MultiHeadAttention) -> None:
         "attention_sink": config.get("attention_sink") == "learned",
         "logit_soft_cap": config.get("logit_soft_cap") is not None,
         "num_memory_key_values": config.get("num_memory_key_values") not in (None, 1),
+        "talking_heads": config.get("talking_heads") is not None,
         "scale": not math.isclose(layer.scale, plain),
         "num_key_value_heads": layer.num_key_value_heads != layer.num_heads,
         "value_dim": layer.value_dim != layer.key_dim,

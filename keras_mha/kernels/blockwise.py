@@ -39,7 +39,7 @@ from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.masking import LOWEST
-from keras_mha.kernels.problem import Problem, prepared
+from keras_mha.kernels.problem import MIXES_HEADS, Problem, prepared, undivided
 from keras_mha.kernels.tile_scores import TileScores
 from keras_mha.kernels.walk import Place
 from keras_mha.kernels.whole import whole
@@ -51,17 +51,7 @@ _NO_LOGIT = 0.999 * LOWEST
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why tiles cannot run this call, or `None` if they can."""
-    if call.return_scores:
-        return "only the reference can return the scores"
-    if call.dropout == 1:
-        return "dropout=1 leaves nothing to be computed in tiles"
-    if 0 in call.scores_shape:
-        return "there are no scores"
-    lengths = call.scores_shape[2:]
-    is_length = backends.current().is_length
-    if not all(length is None or is_length(length) for length in lengths):
-        return "tiles need lengths that are numbers, which an exported program has not"
-    return None
+    return MIXES_HEADS if call.mixes_heads else undivided(call)
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, None]:

@@ -25,6 +25,9 @@ class AttentionCall:
         logit_soft_cap: Scores become `cap * tanh(scores / cap)`; `None` for no cap.
         sink: A logit for each head, shape `(N,)`, that joins the softmax and has
             neither key nor value; `None` for none.
+        talking_heads: What heads' scores are mixed by before softmax, and their weights
+            after it: two matrices `(N, N)`, each `None` where nothing is mixed. What
+            head `m` gets of head `n` is element `(n, m)`.
         dropout: Share of the attention weights to drop.
         seed: Where dropout's random numbers come from.
         return_scores: Whether the caller wants the attention weights.
@@ -39,6 +42,7 @@ class AttentionCall:
     scale: float = 1.0
     logit_soft_cap: float | None = None
     sink: Tensor | None = None
+    talking_heads: tuple[Tensor | None, Tensor | None] = (None, None)
     dropout: float = 0.0
     seed: int | SeedGenerator | None = None
     return_scores: bool = False
@@ -47,6 +51,11 @@ class AttentionCall:
     def has_bias(self) -> bool:
         """Whether anything is added to the scaled scores."""
         return self.bias is not None or self.position_bias is not None
+
+    @property
+    def mixes_heads(self) -> bool:
+        """Whether a head's scores or weights become part of another's."""
+        return any(mixing is not None for mixing in self.talking_heads)
 
     @property
     def scores_shape(self) -> Shape:

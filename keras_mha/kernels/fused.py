@@ -11,6 +11,7 @@ import keras
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.problem import MIXES_HEADS
 
 _BACKENDS = ("torch", "jax")
 _NAME = keras.backend.backend()
@@ -23,6 +24,8 @@ _KERNEL = (
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why no fused kernel can run this call, or `None` if one can."""
+    if call.mixes_heads:
+        return MIXES_HEADS
     if _KERNEL is None:
         return f"no fused kernel on the {_NAME} backend"
     if call.return_scores:

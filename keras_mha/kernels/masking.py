@@ -25,16 +25,23 @@ def bias_block(call: AttentionCall, tile: Tile) -> Tensor | None:
 
     Its numbers broadcast to `(B, N, rows, columns)`.
     """
-    bias = None
-    if call.bias is not None:
-        bias = tile.cut_columns(tile.cut_rows(call.bias, 2), 3)
-    if call.position_bias is not None:
-        block = call.position_bias.block(tile)
-        if bias is None:
-            return block
-        bias = at_least_float32(bias)  # a half type would round the position's
-        bias = bias + ops.cast(block, bias.dtype)
-    return bias
+    bias = call.bias
+    if bias is not None:
+        bias = tile.cut_columns(tile.cut_rows(bias, 2), 3)
+    return with_position_bias(bias, call, tile)
+
+
+def with_position_bias(
+    bias: Tensor | None, call: AttentionCall, tile: Tile
+) -> Tensor | None:
+    """Returns a tile's bias with what the position adds to it."""
+    if call.position_bias is None:
+        return bias
+    block = call.position_bias.block(tile)
+    if bias is None:
+        return block
+    bias = at_least_float32(bias)  # a half type would round the position's
+    return bias + ops.cast(block, bias.dtype)
 
 
 def allowed_pairs(

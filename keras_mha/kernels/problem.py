@@ -11,6 +11,25 @@ from keras_mha.kernels import backends, dropout, tiling
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.parts import split_tensors
 
+TALKING_HEADS = ("talking_heads_pre", "talking_heads_post")
+
+MIXES_HEADS = "talking heads need the scores of all heads at once"
+
+
+def undivided(call: AttentionCall) -> str | None:
+    """Returns why a call cannot be worked out piece by piece, or `None` if it can."""
+    if call.return_scores:
+        return "only the reference can return the scores"
+    if call.dropout == 1:
+        return "dropout=1 leaves nothing to be computed in tiles"
+    if 0 in call.scores_shape:
+        return "there are no scores"
+    lengths = call.scores_shape[2:]
+    is_length = backends.current().is_length
+    if not all(length is None or is_length(length) for length in lengths):
+        return "tiles need lengths that are numbers, which an exported program has not"
+    return None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -57,6 +76,9 @@ def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
     if call.sink is not None:
         sink = ops.broadcast_to(call.sink, (heads,))
         tensors["sink"] = ops.reshape(sink, (groups, shared))
+    for name, mixing in zip(TALKING_HEADS, call.talking_heads, strict=True):
+        if mixing is not None:
+            tensors[name] = mixing
     position_bias, held = split_tensors(call.position_bias)
     held = {f"position_bias_{i}": tensor for i, tensor in enumerate(held)}
     differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))

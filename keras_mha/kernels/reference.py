@@ -3,9 +3,11 @@
 Every other kernel is held to this one, and only this one can return the scores:
 
     logits  = query . key * scale
+    logits  = logits mixed over the heads                with talking heads
     logits  = cap * tanh(logits / cap)                   with a soft cap
     logits  = logits + bias
     weights = softmax(logits where the mask allows)      with a sink: one more column
+    weights = weights mixed over the heads               with talking heads
     output  = dropout(weights) . value
 
 A row whose every key is masked (or has a bias of minus infinity) gets weights of 0,
@@ -13,8 +15,10 @@ and the gradients through it are 0. float16 and bfloat16 are computed in float32
 
 References:
     Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
+    Shazeer et al., 2020, Talking-heads attention: https://arxiv.org/abs/2003.02436
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -23,8 +27,13 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import LOWEST, allowed_pairs, bias_block, whole
-from keras_mha.masks import Tile, is_plain_causal, whole_tile
+from keras_mha.kernels.masking import (
+    LOWEST,
+    allowed_pairs,
+    whole,
+    with_position_bias,
+)
+from keras_mha.masks import Tile, is_plain_causal
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -34,11 +43,30 @@ def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         The output, shape `(B, T, N, V)`, and the attention weights before dropout,
         shape `(B, N, T, S)`, or `None` if the call does not ask for them.
     """
-    dtype = call.query.dtype
-    weights = attention_weights(call, whole(call))
-    dropped = _dropout(weights, call)
-    output = ops.cast(_weighted_values(dropped, call.value), dtype)
-    return output, ops.cast(weights, dtype) if call.return_scores else None
+    seed = dropout.seed_of(call) if 0 < call.dropout < 1 else None
+    output, weights = attend_rows(call, whole(call), seed)
+    return output, ops.cast(weights, call.query.dtype) if call.return_scores else None
+
+
+def attend_rows(
+    call: AttentionCall, tile: Tile, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attends from some rows to all columns.
+
+    Args:
+        call: A call whose query and bias have these rows only.
+        tile: A part of its scores that has all columns.
+        seed: What `dropout.seed_of` gave for the call; `None` where nothing, or
+            everything, is dropped.
+
+    Returns:
+        The output, shape `(B, rows, N, V)`, and the attention weights before dropout,
+        shape `(B, N, rows, S)`.
+    """
+    weights = _mixed(_scores(call, tile).weights, call.talking_heads[1])
+    dropped = _dropout(weights, call.dropout, seed, tile)
+    output = _weighted_values(dropped, call.value)
+    return ops.cast(output, call.query.dtype), weights
 
 
 class Scores(NamedTuple):
@@ -46,9 +74,9 @@ class Scores(NamedTuple):
 
     Args:
         products: `query . key * scale`, shape `(B, N, rows, S)`.
-        logits: What softmax is taken of: capped, with biases; not masked.
+        logits: What softmax is taken of: mixed, capped, with biases; not masked.
         allowed: Booleans that broadcast to this shape; `None` for all.
-        weights: The attention weights before dropout.
+        weights: What softmax gives; not mixed yet.
     """
 
     products: Tensor
@@ -59,16 +87,31 @@ class Scores(NamedTuple):
 
 def scores_of_rows(call: AttentionCall, tile: Tile) -> Scores:
     """Returns the scores of a part of a call that has all columns, and some rows."""
-    bias = bias_block(call, tile)
-    query = at_least_float32(tile.cut_rows(call.query, 1))
+    bias = None if call.bias is None else tile.cut_rows(call.bias, 2)
+    query = tile.cut_rows(call.query, 1)
+    return _scores(dataclasses.replace(call, query=query, bias=bias), tile)
+
+
+def _scores(call: AttentionCall, tile: Tile) -> Scores:
+    bias = with_position_bias(call.bias, call, tile)
+    query = at_least_float32(call.query)
     products = _query_dot_key(query * call.scale, at_least_float32(call.key))
-    logits, allowed = _logits(call, products, bias), allowed_pairs(call, tile, bias)
+    logits = _logits(call, _mixed(products, call.talking_heads[0]), bias)
+    allowed = allowed_pairs(call, tile, bias)
     return Scores(products, logits, allowed, _masked_softmax(logits, allowed, call))
 
 
 def attention_weights(call: AttentionCall, tile: Tile) -> Tensor:
-    """Returns the weights that `scores_of_rows` does."""
-    return scores_of_rows(call, tile).weights
+    """Returns what values are weighted by, before dropout, `(B, N, rows, S)`."""
+    return _mixed(scores_of_rows(call, tile).weights, call.talking_heads[1])
+
+
+def _mixed(scores: Tensor, mixing: Tensor | None) -> Tensor:
+    """`(B, N, rows, S)` with each head a mixture of all: `(N, N)`, from and to."""
+    if mixing is None:
+        return scores
+    mixing = ops.cast(mixing, scores.dtype)
+    return ops.einsum("...nts,nm->...mts", scores, mixing)
 
 
 def _logits(call: AttentionCall, logits: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,18 +143,17 @@ def _masked_softmax(
     return ops.where(allowed, weights, 0.0)
 
 
-def _dropout(weights: Tensor, call: AttentionCall) -> Tensor:
-    if call.dropout == 0:
+def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> Tensor:
+    if rate == 0:
         return weights
-    if call.dropout == 1:
+    if rate == 1:
         return weights * 0.0
-    batch, heads, rows, columns = ops.shape(weights)
+    batch, heads = ops.shape(weights)[:2]
     head_index = ops.reshape(
         ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1)
     )
-    tile = whole_tile(rows, columns)
-    kept = dropout.kept(dropout.seed_of(call), call.dropout, head_index, tile)
-    return backends.current().keep(weights / (1.0 - call.dropout), kept)
+    kept = dropout.kept(seed, rate, head_index, tile)
+    return backends.current().keep(weights / (1.0 - rate), kept)
 
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:

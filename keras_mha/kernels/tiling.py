@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_mha._keras import Tensor, larger, smaller
+from keras_mha._keras import Tensor
+from keras_mha._lengths import longer, shorter
 from keras_mha.masks import Mask, Tile
 
 # Rows and columns of a tile. Measured on CPUs: at 512 x 512 a tile of one or two heads
@@ -46,7 +47,7 @@ class Pieces(NamedTuple):
         """Returns where a piece begins."""
         if not self.may_overlap:
             return index * self.size
-        return _min(index * self.size, self.length - self.size)
+        return shorter(index * self.size, self.length - self.size)
 
     def first_new(self, index: Any) -> Any:
         """Returns the first position that no earlier piece holds."""
@@ -78,10 +79,10 @@ def cut_in_pieces(length: Any, size: int | None) -> Pieces:
     if size is None:
         return Pieces(length, length, 1)
     # A length that is not known yet may be 0: that is one piece, and an empty one.
-    count = _max(_ceil_div(length, size), 1)
+    count = longer(_ceil_div(length, size), 1)
     even = _ceil_div(length, count)
-    size = _min(length, _ceil_div(even, _MULTIPLE) * _MULTIPLE)
-    return Pieces(length, size, _max(_ceil_div(length, _max(size, 1)), 1))
+    size = shorter(length, _ceil_div(even, _MULTIPLE) * _MULTIPLE)
+    return Pieces(length, size, longer(_ceil_div(length, longer(size, 1)), 1))
 
 
 class Schedule(NamedTuple):
@@ -127,15 +128,3 @@ def _status(mask: Mask | None, rows: Pieces, columns: Pieces, i: int, j: int) ->
 
 def _ceil_div(x: Any, y: Any) -> Any:
     return (x + y - 1) // y
-
-
-def _min(x: Any, y: Any) -> Any:
-    if isinstance(x, int) and isinstance(y, int):
-        return min(x, y)
-    return smaller(x, y)
-
-
-def _max(x: Any, y: Any) -> Any:
-    if isinstance(x, int) and isinstance(y, int):
-        return max(x, y)
-    return larger(x, y)

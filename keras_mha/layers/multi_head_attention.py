@@ -30,6 +30,8 @@ from keras_mha.layers.keras_hooks import check_no_hooks
 from keras_mha.layers.new_cache import new_cache
 from keras_mha.layers.normalization import QK_NORMS
 from keras_mha.layers.operands import Operands, operands_of
+from keras_mha.layers.own_weights import add_own_weights
+from keras_mha.layers.own_weights import arguments_of as own_arguments
 from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.projections import add_projections, quantized_dtype
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
@@ -49,6 +51,7 @@ _BEYOND_KERAS = {
     "logit_soft_cap": None,
     "scale": None,
     "num_memory_key_values": None,
+    "talking_heads": None,
 }
 
 
@@ -118,6 +121,12 @@ class MultiHeadAttention(keras.layers.Layer):
             attend to nothing else attends to these. `kernel_initializer` makes them.
             Their weights are left out of the scores, whose rows then sum to less than
             1. Defaults to `None`.
+        talking_heads: Where heads mix, each becoming a learned mixture of all: `"pre"`
+            their scores before softmax, `"post"` their weights after it, or `"both"`.
+            The matrices `(N, N)` start as identities; what head m gets of head n is
+            element (n, m). All heads' scores are needed at once, some rows at a time:
+            `flash_attention=True` is refused. With masks of each head's own, `"post"`
+            may give a head weight on keys that its own mask hides. Defaults to `None`.
         **kwargs: `name`, `dtype` and `trainable`, as for any Keras layer.
 
     Call arguments:
@@ -195,6 +204,8 @@ class MultiHeadAttention(keras.layers.Layer):
         Gemma Team, 2024, Gemma 2 (logit_soft_cap): https://arxiv.org/abs/2408.00118
         Sukhbaatar et al., 2019, Persistent memory (num_memory_key_values):
             https://arxiv.org/abs/1907.01470
+        Shazeer et al., 2020, Talking heads (talking_heads):
+            https://arxiv.org/abs/2003.02436
     """
 
     def __init__(
@@ -226,6 +237,7 @@ class MultiHeadAttention(keras.layers.Layer):
         logit_soft_cap: float | None = None,
         scale: float | None = None,
         num_memory_key_values: int | None = None,
+        talking_heads: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -262,6 +274,9 @@ class MultiHeadAttention(keras.layers.Layer):
         self._scale = optional(_checks.number, "scale", scale)
         self._num_memory_key_values = optional(
             positive, "num_memory_key_values", num_memory_key_values
+        )
+        self._talking_heads = options.checked_talking_heads(
+            talking_heads, self._flash_attention
         )
         self.seed = optional(_checks.integer, "seed", seed)
         self._drawn_seed = None
@@ -371,26 +386,7 @@ class MultiHeadAttention(keras.layers.Layer):
         }
         with parts_not_rematerialized(self):
             add_projections(self, query_shape, value_shape, key_shape)
-        self._add_own_weights()
-
-    def _add_own_weights(self) -> None:
-        self.query_norm_scale = self.key_norm_scale = self.sink = None
-        if self._qk_norm in ("rms", "layer"):
-            self.query_norm_scale = self._add_float32_weight(
-                "query_norm_scale", self._key_dim, "ones"
-            )
-            self.key_norm_scale = self._add_float32_weight(
-                "key_norm_scale", self._key_dim, "ones"
-            )
-        if self._attention_sink == "learned":
-            self.sink = self._add_float32_weight("sink", self._num_heads, "zeros")
-        memory_key_values.add_weights(self, self._num_memory_key_values)
-
-    def _add_float32_weight(self, name: str, size: int, initializer: str):
-        """Adds a weight that keeps its precision under a mixed policy."""
-        return self.add_weight(
-            name=name, shape=(size,), initializer=initializer, autocast=False
-        )
+        add_own_weights(self)
 
     # ------------------------------------------------------------------ call
 
@@ -468,7 +464,7 @@ class MultiHeadAttention(keras.layers.Layer):
             "position_bias": operands.position_bias,
             "scale": self.scale,
             "logit_soft_cap": self._logit_soft_cap,
-            "sink": self._sink_logits(),
+            **own_arguments(self),
         }
         heads, arguments = memory_key_values.joined(self, heads, arguments)
         recording.note(self, *heads, **arguments)
@@ -556,11 +552,6 @@ class MultiHeadAttention(keras.layers.Layer):
         [11, 11]
         """
         return new_cache(self, batch_size, max_length, dtype, memory, value_mask)
-
-    # ------------------------------------------------------------------ options
-
-    def _sink_logits(self) -> Tensor | float | None:
-        return 0.0 if self._attention_sink == "zero" else self.sink
 
     # ------------------------------------------------------------------ symbolic
 

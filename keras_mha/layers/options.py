@@ -11,6 +11,7 @@ from keras_mha.layers.position_bias import PositionBias
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 
 ATTENTION_SINKS = (None, "zero", "learned")
+TALKING_HEADS = (None, "pre", "post", "both")
 
 
 def checked_position(
@@ -65,6 +66,18 @@ def checked_output_shape(value: Any) -> tuple[int, ...] | None:
         value = (value,)
     sizes = tuple(_checks.positive_integer("output_shape", size) for size in value)
     return sizes or None  # Keras's layer takes an empty shape for none given
+
+
+def checked_talking_heads(value: Any, flash_attention: bool | None) -> str | None:
+    """Returns `talking_heads`, or raises."""
+    value = _checks.choice("talking_heads", value, TALKING_HEADS)
+    if value is not None and flash_attention:
+        raise ValueError(
+            "`talking_heads` must be None with `flash_attention=True`: they need the "
+            "scores of all heads at once, which no flash kernel has. "
+            f"Received: talking_heads={value!r}, flash_attention=True"
+        )
+    return value
 
 
 def implementation_of(flash_attention: bool | None) -> str:

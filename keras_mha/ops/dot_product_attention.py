@@ -35,6 +35,7 @@ def dot_product_attention(
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     sink: float | Tensor | None = None,
+    talking_heads: tuple[Tensor | None, Tensor | None] | None = None,
     dropout: float = 0.0,
     seed: int | SeedGenerator | None = None,
     return_scores: bool = False,
@@ -43,8 +44,10 @@ def dot_product_attention(
     """Attends from queries to keys and returns the weighted values.
 
         logits  = query . key * scale
+        logits  = logits mixed over the heads                with talking heads
         logits  = cap * tanh(logits / cap)                   with a soft cap
         weights = softmax((logits + bias) where the mask allows)
+        weights = weights mixed over the heads               with talking heads
         output  = dropout(weights) . value
 
     A query that may attend to no key gets zeros, and zero gradients. Keys and values
@@ -68,6 +71,11 @@ def dot_product_attention(
         sink: A logit that joins every softmax without a key or a value, so that the
             weights of a row may sum to less than 1: a number for all heads (0 gives
             softmax1) or a tensor of shape `(N,)`.
+        talking_heads: A pair of matrices `(N, N)`, either of which may be `None`. The
+            first mixes the heads' scores before softmax, the second their weights
+            after it: head `m` gets element `(n, m)` times what head `n` has, summed
+            over `n`. Where heads have masks of their own, a mixed weight may be on
+            keys that the head's own mask hides.
         dropout: Share of the attention weights to drop, from 0 to 1. There is no
             `training` here: what is asked for is dropped.
         seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
@@ -82,8 +90,8 @@ def dot_product_attention(
     Returns:
         The output, shape `(B, T, N, V)`, in the dtype that `query`, `key` and `value`
         promote to; with `return_scores=True` the pair of it and the attention weights
-        after softmax and before dropout, shape `(B, N, T, S)`. float16 and bfloat16
-        inputs are normalised in float32.
+        after softmax (and mixing) and before dropout, shape `(B, N, T, S)`. float16 and
+        bfloat16 inputs are normalised in float32.
 
     Raises:
         TypeError: If an argument is of a wrong type or dtype.
@@ -102,6 +110,7 @@ def dot_product_attention(
         Ainslie et al., 2023 (grouped queries): https://arxiv.org/abs/2305.13245
         Gemma Team, 2024 (soft cap): https://arxiv.org/abs/2408.00118
         Xiao et al., 2023 (sinks): https://arxiv.org/abs/2309.17453
+        Shazeer et al., 2020 (talking heads): https://arxiv.org/abs/2003.02436
     """
     options = {
         "scale": scale,
@@ -111,7 +120,9 @@ def dot_product_attention(
         "return_scores": return_scores,
         "implementation": implementation,
     }
-    if any(is_symbolic(x) for x in (query, key, value, mask, bias, sink)):
+    mixing = {"talking_heads": talking_heads}
+    tensors = (query, key, value, mask, bias, sink, talking_heads)
+    if any(is_symbolic(x) for x in keras.tree.flatten(tensors)):
         if position_bias is not None:
             raise ValueError(
                 "`position_bias` must be None in a Functional model, which does not "
@@ -120,9 +131,9 @@ def dot_product_attention(
             )
         operation = DotProductAttention(**options)
         return operation.symbolic_call(
-            query, key, value, mask=mask, bias=bias, sink=sink
+            query, key, value, mask=mask, bias=bias, sink=sink, **mixing
         )
-    options["position_bias"] = position_bias
+    options |= {"position_bias": position_bias, **mixing}
     return _attend(query, key, value, mask=mask, bias=bias, sink=sink, **options)
 
 
@@ -137,6 +148,7 @@ def plan_attention(
     scale: float | None = None,
     logit_soft_cap: float | None = None,
     sink: float | Tensor | None = None,
+    talking_heads: tuple[Tensor | None, Tensor | None] | None = None,
     dropout: float = 0.0,
     seed: int | SeedGenerator | None = None,
     return_scores: bool = False,
@@ -157,6 +169,7 @@ def plan_attention(
         scale: As there.
         logit_soft_cap: As there.
         sink: As there.
+        talking_heads: As there.
         dropout: As there.
         seed: As there.
         return_scores: As there.
@@ -186,6 +199,7 @@ def plan_attention(
         scale=scale,
         logit_soft_cap=logit_soft_cap,
         sink=sink,
+        talking_heads=talking_heads,
         dropout=dropout,
         seed=seed,
         return_scores=return_scores,
@@ -202,13 +216,17 @@ class DotProductAttention(keras.Operation):
         self.options = options
 
     @told_as_it_is
-    def call(self, query, key, value, mask=None, bias=None, sink=None):
-        return _attend(
-            query, key, value, mask=mask, bias=bias, sink=sink, **self.options
-        )
+    def call(
+        self, query, key, value, mask=None, bias=None, sink=None, talking_heads=None
+    ):
+        arguments = {"mask": mask, "bias": bias, "sink": sink}
+        arguments["talking_heads"] = talking_heads
+        return _attend(query, key, value, **arguments, **self.options)
 
     @told_as_it_is
-    def compute_output_spec(self, query, key, value, mask=None, bias=None, sink=None):
+    def compute_output_spec(
+        self, query, key, value, mask=None, bias=None, sink=None, talking_heads=None
+    ):
         options = dict(self.options)
         implementation = options.pop("implementation")
         if options["dropout"]:
@@ -219,6 +237,7 @@ class DotProductAttention(keras.Operation):
                 f"Received: dropout={options['dropout']}"
             )
         arguments = {"mask": mask, "bias": bias, "sink": sink, "position_bias": None}
+        arguments["talking_heads"] = talking_heads
         call = checked_call(query, key, value, **arguments, **options)
         planner.plan(call, implementation)
         shape, dtype = (*query.shape[:3], value.shape[-1]), call.query.dtype
@@ -280,6 +299,7 @@ def checked_call(
     scale,
     logit_soft_cap,
     sink,
+    talking_heads=None,
     dropout=0.0,
     seed=None,
     return_scores=False,
@@ -305,6 +325,7 @@ def checked_call(
         if logit_soft_cap is None
         else _checks.positive_number("logit_soft_cap", logit_soft_cap),
         sink=None if sink is None else _as_sink(sink, query.shape[2]),
+        talking_heads=_as_talking_heads(talking_heads, query.shape[2]),
         dropout=_checks.dropout_rate("dropout", dropout),
         seed=seed,
         return_scores=_checks.boolean("return_scores", return_scores),
@@ -433,6 +454,28 @@ def _as_sink(sink: Any, heads: int) -> Tensor:
             f"Received: sink of shape {tuple(sink.shape)}"
         )
     return sink
+
+
+def _as_talking_heads(pair: Any, heads: int) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the two matrices that heads are mixed by."""
+    if pair is None:
+        return None, None
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise TypeError(
+            "`talking_heads` must be a pair of matrices (or None), one for before and "
+            "one for after softmax. "
+            f"Received: talking_heads={pair!r} (of type {type(pair).__name__})"
+        )
+    first, second = (
+        None if x is None else _as_float_tensor("talking_heads", x) for x in pair
+    )
+    for mixing in (first, second):
+        if mixing is not None and tuple(mixing.shape) != (heads, heads):
+            raise ValueError(
+                f"`talking_heads` must be matrices of shape (N, N) = {heads, heads}. "
+                f"Received: a matrix of shape {tuple(mixing.shape)}"
+            )
+    return first, second
 
 
 def _check_seed(seed: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from keras_mha import _checks
 from keras_mha._keras import Tensor
-from keras_mha.kernels import backends, blockwise, fused, reference
+from keras_mha.kernels import backends, blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import AttentionCall
 
 Implementation = Literal["auto", "flash", "fused", "blockwise", "reference"]
@@ -81,10 +81,15 @@ def _without_fused(
     call: AttentionCall, fused_refusal: str, blockwise_refusal: str | None
 ) -> Plan:
     """Chooses between tiles and whole scores."""
-    if blockwise_refusal is not None:
-        return Plan("reference", blockwise_refusal, reference.attend)
     few = backends.current().FEW_SCORES
     rows, columns = call.scores_shape[2:]
+    if call.mixes_heads and row_chunks.refusal(call) is None:
+        are_known = isinstance(rows, int) and isinstance(columns, int)
+        if not are_known or rows * columns >= few:
+            reason = f"{blockwise_refusal}; of some rows at a time"
+            return Plan("reference", reason, row_chunks.attend)
+    if blockwise_refusal is not None:
+        return Plan("reference", blockwise_refusal, reference.attend)
     if not (isinstance(rows, int) and isinstance(columns, int)):
         reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
         return Plan("blockwise", reason, blockwise.attend)
@@ -103,9 +108,10 @@ def _check_parts(call: AttentionCall, plan: Plan) -> None:
             return
     raise ValueError(
         "Within torch's context_parallel a call can have no dropout, scores, soft cap, "
-        "sink or bias, and no mask but the causal one: only torch's own kernel then "
-        "sees all processes' keys, and any other would attend within each process's "
-        "part of the sequences. Leave these out, or call outside of context_parallel. "
+        "sink, bias or talking heads, and no mask but the causal one: only torch's own "
+        "kernel then sees all processes' keys, and any other would attend within each "
+        "process's part of the sequences. Leave these out, or call outside of "
+        "context_parallel. "
         f"Received: a call for the {plan.implementation} kernel ({refusal})"
     )
 

@@ -423,6 +423,7 @@ MISSING_THERE = [
     ({"attention_sink": "learned"}, "attention_sink"),
     ({"logit_soft_cap": 30.0}, "logit_soft_cap"),
     ({"num_memory_key_values": 2}, "num_memory_key_values"),
+    ({"talking_heads": "pre"}, "talking_heads"),
     ({"num_memory_key_values": 1, "qk_norm": "rms"}, "qk_norm"),
     ({"scale": 1.0}, "scale"),
     ({"num_key_value_heads": 1}, "num_key_value_heads"),

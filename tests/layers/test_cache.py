@@ -125,6 +125,7 @@ def as_tensors(cache):
         {"num_key_value_heads": 1, "use_gate": True, "output_shape": 7},
         {"qk_norm": "rms", "attention_sink": "learned", "logit_soft_cap": 3.0},
         {"num_memory_key_values": 2, "qk_norm": "rms"},
+        {"talking_heads": "both", "num_key_value_heads": 2},
         {"num_memory_key_values": 1, "sliding_window": 3, "flash_attention": True},
         {"flash_attention": True, "dropout": 0.3},
         {"flash_attention": False, "use_bias": False},

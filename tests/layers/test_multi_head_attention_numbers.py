@@ -53,7 +53,14 @@ def variables_of(layer: Any) -> dict[str, Any]:
             found[f"{name}_bias"] = sublayer.bias
     found["query_norm"] = getattr(layer, "query_norm_scale", None)
     found["key_norm"] = getattr(layer, "key_norm_scale", None)
-    for name in ("sink", "memory_key", "memory_value"):
+    own = (
+        "sink",
+        "memory_key",
+        "memory_value",
+        "talking_heads_pre",
+        "talking_heads_post",
+    )
+    for name in own:
         found[name] = getattr(layer, name, None)
     return {name: variable for name, variable in found.items() if variable is not None}
 
@@ -102,6 +109,7 @@ CONSTRUCTORS = {
     "logit_soft_cap": st.sampled_from([None, 1.5]),
     "scale": st.sampled_from([None, 0.3]),
     "num_memory_key_values": st.sampled_from([None, 1, 3]),
+    "talking_heads": st.sampled_from([None, None, "pre", "post", "both"]),
     # Configured, and without effect at inference.
     "dropout": st.sampled_from([0.0, 0.5]),
 }
@@ -267,6 +275,8 @@ FEATURES = {
     "scale": {"scale": 0.3},
     "gate": {"use_gate": True},
     "learned keys and values": {"num_memory_key_values": 3},
+    "heads that talk before": {"talking_heads": "pre"},
+    "heads that talk after": {"talking_heads": "post"},
     "all": {
         "num_key_value_heads": 1,
         "qk_norm": "rms",
@@ -275,6 +285,7 @@ FEATURES = {
         "use_gate": True,
         "value_dim": 2,
         "num_memory_key_values": 2,
+        "talking_heads": "both",
     },
 }
 

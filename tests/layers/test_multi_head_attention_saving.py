@@ -90,6 +90,7 @@ FULL = {
     "logit_soft_cap": 30.0,
     "scale": 0.2,
     "num_memory_key_values": 3,
+    "talking_heads": "both",
     "name": "full",
     "dtype": "mixed_bfloat16",
     "trainable": False,
@@ -138,6 +139,7 @@ def test_a_layer_builds_itself_from_its_build_config():
         {"num_key_value_heads": 2, "qk_norm": "layer", "attention_sink": "learned"},
         {"qk_norm": "l2", "logit_soft_cap": 5.0, "scale": 2.0},
         {"num_memory_key_values": 3, "num_key_value_heads": 2, "value_dim": 5},
+        {"talking_heads": "both"},
     ],
     ids=str,
 )

@@ -68,6 +68,7 @@ def make_model() -> keras.Model:
         qk_norm="rms",
         logit_soft_cap=20.0,
         num_memory_key_values=2,
+        talking_heads="both",
         position=keras_mha.RelativePositionBias(num_buckets=8, max_distance=6),
     )(x, memory)
     x += keras_mha.MultiHeadAttention(2, 8, qk_norm="l2", position=keras_mha.ALiBi())(

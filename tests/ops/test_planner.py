@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha.kernels import blockwise, fused, reference
+from keras_mha.kernels import blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Causal, SlidingWindow
 from keras_mha.ops.planner import plan
@@ -97,6 +97,28 @@ def test_dropping_everything_is_no_work_for_tiles():
     chosen = plan(a_call(LONG, dropout=1.0))
     assert chosen.implementation == "reference"
     assert "dropout=1" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("length", "kernel"), [(SHORT, reference), (LONG, row_chunks), (None, row_chunks)]
+)
+def test_heads_that_talk_need_the_formula_of_some_rows_if_long(length, kernel):
+    mixing = np.eye(4), None
+    chosen = plan(a_call(length, talking_heads=mixing))
+    assert chosen.implementation == "reference"
+    assert chosen.kernel is kernel.attend
+    assert "all heads" in chosen.reason
+    assert ("some rows at a time" in chosen.reason) == (kernel is row_chunks)
+    for wish in ("fused", "blockwise", "flash"):
+        with pytest.raises(ValueError, match=f"implementation='{wish}'.*all heads"):
+            plan(a_call(length, talking_heads=mixing), wish)
+
+
+def test_scores_of_heads_that_talk_are_of_all_rows():
+    chosen = plan(a_call(LONG, talking_heads=(np.eye(4), None), return_scores=True))
+    assert chosen.kernel is reference.attend
+    chosen = plan(a_call(LONG, talking_heads=(np.eye(4), None)), "reference")
+    assert chosen.kernel is reference.attend
 
 
 # ---------------------------------------------------------- keras_mha.plan_attention

@@ -147,6 +147,7 @@ FEATURES = {
         CAUSAL,
         {"query_mask": VALID},
     ),
+    "talking heads": Feature("heads", {"talking_heads": "both"}, CAUSAL),
     "soft cap": Feature("sink, cap", {"logit_soft_cap": 2.0}),
     "dropout": Feature("dropout", {"dropout": 0.3}, {"training": True}),
     "scores": Feature("scores", {}, {"return_attention_scores": True}),

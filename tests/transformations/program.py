@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 import keras_mha
-from keras_mha.kernels import backends, tiling
+from keras_mha.kernels import backends, row_chunks, tiling
 from tests.helpers import (
     outputs_and_gradients,
     second_derivatives,
@@ -35,6 +35,7 @@ def small_tiles():
             (tiling, "TILE", 16),
             (tiling, "_MULTIPLE", 4),
             (backends.current(), "FEW_SCORES", 1),
+            (row_chunks, "AT_ONCE", 1),
         ):
             stack.enter_context(mock.patch.object(place, name, number))
         if keras.backend.backend() == "torch":

@@ -1,0 +1,237 @@
+"""Attention with some rows of all heads' scores at a time: for talking heads.
+
+A head's weights are made of those of all heads, of whole rows: no tile is enough to
+work one out. But one row says nothing of another. So this is the reference, run on a
+chunk of the rows after the other; the gradient works every chunk's scores out again,
+and memory is linear in the number of rows.
+
+References:
+    Shazeer et al., 2020, Talking-heads attention: https://arxiv.org/abs/2003.02436
+    Chen et al., 2016, Training deep nets with sublinear memory cost (computing again):
+        https://arxiv.org/abs/1604.06174
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha._lengths import longer
+from keras_mha.kernels import backends, reference
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.parts import join_tensors
+from keras_mha.kernels.problem import TALKING_HEADS, Problem, prepared, undivided
+from keras_mha.kernels.tiling import Pieces, cut_in_pieces
+from keras_mha.masks import Tile, whole_tile
+
+# How many scores a chunk has, of all heads and the whole batch: 8 MiB in float32. On a
+# CPU chunks of half to four times as many take about the same time.
+AT_ONCE = 2**21
+
+
+@dataclass(frozen=True)
+class _Chunks(Problem):
+    """A problem, and how many of its scores are worked out at a time."""
+
+    at_once: int
+
+
+def refusal(call: AttentionCall) -> str | None:
+    """Returns why chunks cannot run this call, or `None` if they can."""
+    return undivided(call)
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, None]:
+    """Runs one call of attention.
+
+    Returns:
+        The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
+    """
+    problem, tensors = prepared(call)
+    problem = _Chunks(**vars(problem), at_once=AT_ONCE)
+    output = backends.current().with_gradient(
+        forward, backward, formula, problem, tensors
+    )
+    return _positions_first(output), None
+
+
+def forward(problem: _Chunks, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Attends.
+
+    Args:
+        problem: What is to be computed.
+        tensors: As of `blockwise.forward`, and the matrices of the talking heads.
+
+    Returns:
+        The output, shape `(B, K, V, G, T)`, and zeros where tiles have the logarithm of
+        each row's sum, since a chunk is worked out again without it.
+    """
+    backend, chunks = backends.current(), _cut_rows(problem, tensors)
+    batch, groups, _, shared, _ = ops.shape(tensors["query"])
+    shape = (batch, groups, tensors["value"].shape[2], shared, chunks.size)
+    dtype, axes = dtype_name(tensors["query"]), _axes_of_rows(tensors)
+
+    def visit(index, carry):
+        tile = _tile(chunks, index, tensors)
+        cut = {name: tile.cut_rows(tensors[name], axes[name]) for name in axes}
+        output = _attend(problem, tensors | cut, tile)
+        return (backend.put_tile(*carry, index, output),)
+
+    tiles = backend.new_tiles(chunks.count, shape, dtype, tensors["query"])
+    (tiles,) = backend.loop(chunks.count, visit, (tiles,))
+    output = _joined(chunks, backend.stacked(tiles, chunks.count), 4)
+    return output, ops.zeros_like(at_least_float32(output[:, :, :1]))
+
+
+def backward(
+    problem: _Chunks,
+    tensors: dict[str, Any],
+    output: Tensor,
+    lse: Tensor,
+    d_output: Tensor,
+) -> dict[str, Tensor]:
+    """Returns the gradients of the differentiable tensors, by name and of their shapes.
+
+    Args:
+        problem: As of `forward`.
+        tensors: As of `forward`.
+        output: What `forward` returned.
+        lse: What `forward` returned.
+        d_output: The gradient of the output.
+    """
+    backend, chunks = backends.current(), _cut_rows(problem, tensors)
+    names = problem.differentiable
+    exact = {name: at_least_float32(tensors[name]) for name in names}
+    axes = _axes_of_rows(tensors)
+    # Each chunk has rows of its own of these; to all other gradients each one adds.
+    cut = {
+        name: axes[name] for name in axes if name in names and _varies(name, tensors)
+    }
+    rest = [name for name in names if name not in cut]
+
+    def visit(index, sums):
+        tile = _tile(chunks, index, tensors)
+        rows = {
+            name: tile.cut_rows((tensors | exact)[name], axes[name]) for name in axes
+        }
+        given = {name: rows[name] for name in cut} | {
+            name: exact[name] for name in rest
+        }
+
+        def attend(*values):
+            named = rows | dict(zip(given, values, strict=True))
+            if "bias" in rest:
+                named["bias"] = tile.cut_rows(named["bias"], axes["bias"])
+            return _attend(problem, tensors | exact | named, tile)
+
+        def cotangent(found):
+            is_new = tile.row_indices[:, 0] >= chunks.first_new(index)
+            d_rows = ops.cast(tile.cut_rows(d_output, 4), found.dtype)
+            return d_rows * ops.cast(is_new, found.dtype)
+
+        found = backend.pull_back(attend, tuple(given.values()), cotangent)
+        joined = map(backend.put_tile, sums, [index] * len(cut), found)
+        return (*joined, *map(operator.add, sums[len(cut) :], found[len(cut) :]))
+
+    sums = [_tiles_like(exact[name], cut[name], chunks) for name in cut]
+    sums += [ops.zeros_like(exact[name]) for name in rest]
+    sums = backend.loop(chunks.count, visit, tuple(sums))
+    found = dict(zip((*cut, *rest), sums, strict=True))
+    for name, axis in cut.items():
+        tiles = backend.stacked(found[name], chunks.count)
+        found[name] = _joined(chunks, tiles, axis)
+    return {name: ops.cast(found[name], dtype_name(tensors[name])) for name in names}
+
+
+def formula(problem: _Chunks, tensors: dict[str, Any]) -> Tensor:
+    """Attends with all scores at once, by operations that have every derivative."""
+    rows, columns = ops.shape(tensors["query"])[4], ops.shape(tensors["key"])[3]
+    return _attend(problem, tensors, whole_tile(rows, columns))
+
+
+def _attend(problem: _Chunks, tensors: dict[str, Any], tile: Tile) -> Tensor:
+    """Returns the output, `(B, K, V, G, rows)`, of a query and a bias that have the
+    tile's rows alone."""
+    call = _call(problem, tensors)
+    output, _ = reference.attend_rows(call, tile, tensors.get("seed"))
+    batch, groups, _, shared, rows = ops.shape(tensors["query"])
+    output = ops.reshape(output, (batch, rows, groups, shared, output.shape[3]))
+    return ops.transpose(output, (0, 2, 4, 3, 1))
+
+
+def _call(problem: _Chunks, tensors: dict[str, Any]) -> AttentionCall:
+    """Returns the call that `prepared` took apart."""
+    bias, sink = tensors.get("bias"), tensors.get("sink")
+    if bias is not None:
+        batch, groups, shared, *rest = ops.shape(bias)
+        bias = ops.reshape(bias, (batch, groups * shared, *rest))
+    held = tuple(tensors[name] for name in problem.position_tensors)
+    has_position_bias = problem.position_bias is not None
+    return AttentionCall(
+        _positions_first(tensors["query"]),
+        ops.transpose(tensors["key"], (0, 3, 1, 2)),
+        ops.transpose(tensors["value"], (0, 3, 1, 2)),
+        mask=join_tensors(problem.mask, tensors["mask"]),
+        bias=bias,
+        position_bias=join_tensors(problem.position_bias, held)
+        if has_position_bias
+        else None,
+        scale=problem.scale,
+        logit_soft_cap=problem.logit_soft_cap,
+        sink=None if sink is None else ops.reshape(sink, (-1,)),
+        talking_heads=tuple(tensors.get(name) for name in TALKING_HEADS),
+        dropout=problem.dropout,
+    )
+
+
+def _positions_first(x: Tensor) -> Tensor:
+    """`(B, K, width, G, T) -> (B, T, N, width)`."""
+    batch, groups, width, shared, rows = ops.shape(x)
+    x = ops.transpose(x, (0, 4, 1, 3, 2))
+    return ops.reshape(x, (batch, rows, groups * shared, width))
+
+
+# ---------------------------------------------------------------------- chunks
+
+
+def _cut_rows(problem: _Chunks, tensors: dict[str, Any]) -> Pieces:
+    batch, groups, _, shared, rows = ops.shape(tensors["query"])
+    columns = ops.shape(tensors["key"])[3]
+    scores_of_row = batch * groups * shared * columns
+    size = longer(problem.at_once // longer(scores_of_row, 1), 1)
+    if not isinstance(size, int):  # nor may the length be a number then
+        rows = ops.convert_to_tensor(rows, dtype="int32")
+    return cut_in_pieces(rows, size)
+
+
+def _tile(chunks: Pieces, index: Any, tensors: dict[str, Any]) -> Tile:
+    columns = ops.shape(tensors["key"])[3]
+    return Tile(chunks.start(index), chunks.size, 0, columns)
+
+
+def _axes_of_rows(tensors: dict[str, Any]) -> dict[str, int]:
+    """Returns along which axis tensors have the rows of the scores."""
+    return {"query": 4} | ({"bias": 3} if "bias" in tensors else {})
+
+
+def _varies(name: str, tensors: dict[str, Any]) -> bool:
+    """Whether a tensor is known to have as many rows as the scores."""
+    if name == "query":
+        return True
+    length = tensors["bias"].shape[3]
+    return isinstance(length, int) and length != 1
+
+
+def _tiles_like(x: Tensor, axis: int, chunks: Pieces) -> Any:
+    """Returns zeros for each chunk's rows of a tensor."""
+    shape = list(ops.shape(x))
+    shape[axis] = chunks.size
+    return backends.current().new_tiles(chunks.count, tuple(shape), dtype_name(x), x)
+
+
+def _joined(chunks: Pieces, tiles: Tensor, axis: int) -> Tensor:
+    """Returns the chunks `(count, ...)`, each with its rows along `axis`, as one."""
+    rows_last = ops.moveaxis(tiles, (0, axis + 1), (-2, -1))
+    return ops.moveaxis(chunks.joined(rows_last), -1, axis)
