@@ -112,18 +112,22 @@ def test_chunks_and_gradients_are_those_of_the_definition():
 
 
 def test_half_types_are_summed_in_float32():
+    """Over 64 chunks, which in bfloat16 would lose most of the digits it has."""
+    draws = np.random.default_rng(1)
     arrays = list(ARRAYS.values())
-    results = [
+    arrays[0] = draws.normal(size=(B, 128, N, H))
+    cotangent = draws.normal(size=(B, 128, N, V)) + 1.0
+    (_, found), (_, expected) = (
         outputs_and_gradients(
             lambda *x, how=how: attend(*x, implementation=how),
             arrays,
-            [COTANGENT],
+            [cotangent],
             "bfloat16",
         )
         for how in ("auto", "reference")
-    ]
-    for one, two in zip(*(out + grads for out, grads in results), strict=True):
-        assert np.abs(one - two).max() <= 0.02 * np.abs(two).max()
+    )
+    for one, two in zip(found[1:], expected[1:], strict=True):
+        assert np.abs(one - two).max() <= 0.008 * np.abs(two).max()  # two roundings
 
 
 @only_tensorflow

@@ -51,6 +51,17 @@ def test_a_matrix_says_what_a_head_hears_of_each():
     assert not scores[:, 1:].any()
 
 
+def test_the_scores_are_what_values_are_weighted_by():
+    layer = made("post")
+    layer.talking_heads_post.assign(RNG.normal(size=(4, 4)))
+    _, scores = layer(to_tensor(X), return_attention_scores=True)
+    maps = keras_mha.attention_maps(
+        layer, to_tensor(X), heads=[1, 3], query_rows=[2, 5]
+    )
+    expected = to_numpy(scores)[:, [1, 3]][:, :, [2, 5]]
+    np.testing.assert_allclose(maps[layer.path], expected, atol=1e-6)
+
+
 def test_matrices_keep_their_precision_under_a_mixed_policy():
     layer = made("both", dtype="mixed_bfloat16")
     layer.talking_heads_pre.assign(np.eye(4) * 1.001)  # 1 in bfloat16
