@@ -6,6 +6,7 @@ from keras_mha.callbacks import AttentionRecorder
 from keras_mha.inspect import attention_maps
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.ops.dot_product_attention import dot_product_attention, plan_attention
+from keras_mha.ops.merge_attention import merge_attention
 from keras_mha.plotting import plot_attention, plot_heads_over_image, plot_mask
 from keras_mha.positions import (
     ALiBi,
@@ -30,6 +31,7 @@ __all__ = [
     "dot_product_attention",
     "interop",
     "masks",
+    "merge_attention",
     "plan_attention",
     "plot_attention",
     "plot_heads_over_image",

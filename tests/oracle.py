@@ -82,6 +82,37 @@ def dot_product_attention(
     return output, scores
 
 
+def log_sums(
+    query: Array,
+    key: Array,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    scale: float | None = None,
+    logit_soft_cap: float | None = None,
+    sink: float | Array | None = None,
+    talking_heads: tuple[Array | None, None] = (None, None),
+) -> Array:
+    """log(exp(sink) + sum_j exp(s_ij)) over the visible j, (B, N, T); -inf if none.
+
+    The s_ij and the arguments are those of `dot_product_attention`.
+    """
+    query, key = _float64(query), _float64(key)
+    before = talking_heads[0]
+    logits, visible = _logits(query, key, mask, bias, scale, logit_soft_cap, before)
+    logits = np.where(visible, logits, -np.inf)
+    if sink is not None:
+        column = np.broadcast_to(
+            _sinks(sink, query.shape[2])[:, None, None], (*logits.shape[:3], 1)
+        )
+        logits = np.concatenate([logits, column], axis=-1)
+    with np.errstate(divide="ignore"):  # log(0)
+        largest = np.maximum(logits.max(axis=-1, keepdims=True), -1e9)
+        return (largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True)))[
+            ..., 0
+        ]
+
+
 def mixed(heads: Array, matrix: Array | None) -> Array:
     """Head m of the result is sum_n matrix[n, m] heads[n]; (N, T, S) and (N, N)."""
     if matrix is None:

@@ -453,6 +453,48 @@ FUNCTION = [
         r"sink.*\(4,\).*\(3,\)",
     ),
     ("sink as text", attend(sink="zero"), TypeError, "sink.*'zero'"),
+    ("lse as text", attend(return_lse="yes"), TypeError, "return_lse.*'yes'"),
+    (
+        "sums of rows that are mixed",
+        attend(return_lse=True, talking_heads=(None, floats(4, 4))),
+        ValueError,
+        "return_lse.*False with `talking_heads` after softmax",
+    ),
+    (
+        "no parts to merge",
+        lambda: keras_mha.merge_attention([]),
+        ValueError,
+        "parts.*at least one.*\\[\\]",
+    ),
+    (
+        "a part by itself",
+        lambda: keras_mha.merge_attention([floats(1, 5, 4, 2)]),
+        TypeError,
+        "parts.*pairs of floating.*return_lse=True",
+    ),
+    (
+        "parts of no list",
+        lambda: keras_mha.merge_attention(floats(1, 5, 4, 2)),
+        TypeError,
+        "parts.*list of pairs",
+    ),
+    (
+        "parts of other queries",
+        lambda: keras_mha.merge_attention(
+            [
+                (floats(1, 5, 4, 2), floats(1, 4, 5)),
+                (floats(1, 6, 4, 2), floats(1, 4, 6)),
+            ]
+        ),
+        ValueError,
+        r"parts.*one shape \(B, T, N, V\).*\(1, 6, 4, 2\)",
+    ),
+    (
+        "logarithms in the order of tokens",
+        lambda: keras_mha.merge_attention([(floats(1, 5, 4, 2), floats(1, 5, 4))]),
+        ValueError,
+        r"logarithms of shape \(B, N, T\).*\(1, 5, 4\)",
+    ),
     (
         "one matrix for talking heads",
         attend(talking_heads=floats(4, 4)),

@@ -37,7 +37,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
 from keras_mha.kernels import backends
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.masking import LOWEST
 from keras_mha.kernels.problem import MIXES_HEADS, Problem, prepared, undivided
 from keras_mha.kernels.tile_scores import TileScores
@@ -54,12 +54,8 @@ def refusal(call: AttentionCall) -> str | None:
     return MIXES_HEADS if call.mixes_heads else undivided(call)
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, None]:
-    """Runs one call of attention.
-
-    Returns:
-        The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
-    """
+def attend(call: AttentionCall) -> Attended:
+    """Runs one call of attention."""
     batch, rows, heads, _ = ops.shape(call.query)
     shape = (batch, rows, heads, call.value.shape[3])
     problem, tensors = prepared(call)
@@ -67,7 +63,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, None]:
         forward, backward, whole, problem, tensors
     )
     output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
-    return ops.reshape(output, shape), None
+    return Attended(ops.reshape(output, shape))
 
 
 def _by_length(

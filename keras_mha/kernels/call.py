@@ -1,12 +1,29 @@
 """One call of attention, as the planner and every kernel see it."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from keras.random import SeedGenerator
 
 from keras_mha._keras import Shape, Tensor
 from keras_mha.biases import Bias
 from keras_mha.masks import Mask
+
+
+class Attended(NamedTuple):
+    """What a kernel returns.
+
+    Args:
+        output: Shape `(B, T, N, V)`.
+        scores: The attention weights before dropout, shape `(B, N, T, S)`; `None`
+            where they are not asked for.
+        lse: The logarithm of each row's sum of exponentials, shape `(B, N, T)`, minus
+            infinity where a row sees nothing; `None` where it is not asked for.
+    """
+
+    output: Tensor
+    scores: Tensor | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +48,7 @@ class AttentionCall:
         dropout: Share of the attention weights to drop.
         seed: Where dropout's random numbers come from.
         return_scores: Whether the caller wants the attention weights.
+        return_lse: Whether the caller wants the logarithms of the rows' sums.
     """
 
     query: Tensor
@@ -46,6 +64,7 @@ class AttentionCall:
     dropout: float = 0.0
     seed: int | SeedGenerator | None = None
     return_scores: bool = False
+    return_lse: bool = False
 
     @property
     def has_bias(self) -> bool:

@@ -9,8 +9,7 @@ import importlib
 
 import keras
 
-from keras_mha._keras import Tensor
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.problem import MIXES_HEADS
 
 _BACKENDS = ("torch", "jax")
@@ -28,6 +27,8 @@ def refusal(call: AttentionCall) -> str | None:
         return MIXES_HEADS
     if _KERNEL is None:
         return f"no fused kernel on the {_NAME} backend"
+    if call.return_lse:
+        return "the fused kernel does not return the rows' sums"
     if call.return_scores:
         return "the fused kernel does not return the scores"
     if call.dropout > 0:
@@ -45,10 +46,6 @@ def refusal_of_parts(call: AttentionCall) -> str | None:
     return _KERNEL.refusal_of_parts(call)
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, None]:
-    """Runs one call of attention.
-
-    Returns:
-        The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
-    """
-    return _KERNEL.attend(call), None
+def attend(call: AttentionCall) -> Attended:
+    """Runs one call of attention."""
+    return Attended(_KERNEL.attend(call))

@@ -45,6 +45,8 @@ class Problem:
         differentiable: Names of the tensors that have gradients.
         groups_at_once: As in `Walk`.
         tile: As in `Walk`.
+        extra_features: How many the output has beside those of the value, which are no
+            numbers of half a type; see `row_chunks`.
     """
 
     scale: float
@@ -56,6 +58,7 @@ class Problem:
     differentiable: tuple[str, ...]
     groups_at_once: int | None
     tile: int | None
+    extra_features: int = 0
 
 
 def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:

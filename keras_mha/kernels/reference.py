@@ -26,7 +26,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels import backends, dropout
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.masking import (
     LOWEST,
     allowed_pairs,
@@ -36,21 +36,15 @@ from keras_mha.kernels.masking import (
 from keras_mha.masks import Tile, is_plain_causal
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Runs one call of attention.
-
-    Returns:
-        The output, shape `(B, T, N, V)`, and the attention weights before dropout,
-        shape `(B, N, T, S)`, or `None` if the call does not ask for them.
-    """
+def attend(call: AttentionCall) -> Attended:
+    """Runs one call of attention."""
     seed = dropout.seed_of(call) if 0 < call.dropout < 1 else None
-    output, weights = attend_rows(call, whole(call), seed)
-    return output, ops.cast(weights, call.query.dtype) if call.return_scores else None
+    output, weights, lse = attend_rows(call, whole(call), seed)
+    weights = ops.cast(weights, call.query.dtype) if call.return_scores else None
+    return Attended(output, weights, lse)
 
 
-def attend_rows(
-    call: AttentionCall, tile: Tile, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def attend_rows(call: AttentionCall, tile: Tile, seed: Tensor | None) -> Attended:
     """Attends from some rows to all columns.
 
     Args:
@@ -60,13 +54,15 @@ def attend_rows(
             everything, is dropped.
 
     Returns:
-        The output, shape `(B, rows, N, V)`, and the attention weights before dropout,
-        shape `(B, N, rows, S)`.
+        What a kernel does, of these rows, with the weights in float32 at least, asked
+        for or not.
     """
-    weights = _mixed(_scores(call, tile).weights, call.talking_heads[1])
+    scores = _scores(call, tile)
+    weights = _mixed(scores.weights, call.talking_heads[1])
     dropped = _dropout(weights, call.dropout, seed, tile)
     output = _weighted_values(dropped, call.value)
-    return ops.cast(output, call.query.dtype), weights
+    lse = _lse(call, scores) if call.return_lse else None
+    return Attended(ops.cast(output, call.query.dtype), weights, lse)
 
 
 class Scores(NamedTuple):
@@ -114,6 +110,24 @@ def _mixed(scores: Tensor, mixing: Tensor | None) -> Tensor:
     return ops.einsum("...nts,nm->...mts", scores, mixing)
 
 
+def _lse(call: AttentionCall, scores: Scores) -> Tensor:
+    """Returns the logarithm of each row's sum of exponentials, `(B, N, rows)`."""
+    logits = scores.logits
+    if scores.allowed is not None:
+        logits = ops.where(scores.allowed, logits, LOWEST)
+    if call.sink is not None:
+        logits = _beside_sink(call, logits)
+    lse = ops.logsumexp(logits, axis=-1)
+    return ops.where(lse > LOWEST / 2, lse, ops.cast(-math.inf, lse.dtype))
+
+
+def _beside_sink(call: AttentionCall, logits: Tensor) -> Tensor:
+    """Returns the logits with the sink as one more column."""
+    sink = ops.reshape(ops.cast(call.sink, logits.dtype), (1, -1, 1, 1))
+    column = ops.zeros_like(logits[..., :1]) + sink
+    return ops.concatenate([logits, column], axis=-1)
+
+
 def _logits(call: AttentionCall, logits: Tensor, bias: Tensor | None) -> Tensor:
     if call.logit_soft_cap is not None:
         logits = call.logit_soft_cap * ops.tanh(logits / call.logit_soft_cap)
@@ -130,10 +144,7 @@ def _masked_softmax(
     if allowed is not None:
         logits = ops.where(allowed, logits, -math.inf if is_plain_case else LOWEST)
     if call.sink is not None:
-        sink = ops.reshape(ops.cast(call.sink, logits.dtype), (1, -1, 1, 1))
-        column = ops.zeros_like(logits[..., :1]) + sink
-        weights = ops.softmax(ops.concatenate([logits, column], axis=-1), axis=-1)
-        weights = weights[..., :-1]
+        weights = ops.softmax(_beside_sink(call, logits), axis=-1)[..., :-1]
     else:
         # As a tuple where there is one key: of an int, Keras would warn.
         axis = (3,) if logits.shape[-1] == 1 else -1

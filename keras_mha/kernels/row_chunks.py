@@ -1,9 +1,10 @@
-"""Attention with some rows of all heads' scores at a time: for talking heads.
+"""Attention with some rows of all heads' scores at a time: the reference in pieces.
 
-A head's weights are made of those of all heads, of whole rows: no tile is enough to
-work one out. But one row says nothing of another. So this is the reference, run on a
-chunk of the rows after the other; the gradient works every chunk's scores out again,
-and memory is linear in the number of rows.
+The weights of talking heads are made of those of all heads, of whole rows: no tile is
+enough to work one out. Nor have tiles a gradient of the logarithms of the rows' sums.
+But one row says nothing of another. So this is the reference, run on a chunk of the
+rows after the other; the gradient works every chunk's scores out again, and memory is
+linear in the number of rows.
 
 References:
     Shazeer et al., 2020, Talking-heads attention: https://arxiv.org/abs/2003.02436
@@ -20,7 +21,7 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32, dtype_name
 from keras_mha._lengths import longer
 from keras_mha.kernels import backends, reference
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.parts import join_tensors
 from keras_mha.kernels.problem import TALKING_HEADS, Problem, prepared, undivided
 from keras_mha.kernels.tiling import Pieces, cut_in_pieces
@@ -31,7 +32,7 @@ from keras_mha.masks import Tile, whole_tile
 AT_ONCE = 2**21
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Chunks(Problem):
     """A problem, and how many of its scores are worked out at a time."""
 
@@ -43,18 +44,19 @@ def refusal(call: AttentionCall) -> str | None:
     return undivided(call)
 
 
-def attend(call: AttentionCall) -> tuple[Tensor, None]:
-    """Runs one call of attention.
-
-    Returns:
-        The output, shape `(B, T, N, V)`, and `None`: there are no scores to return.
-    """
+def attend(call: AttentionCall) -> Attended:
+    """Runs one call of attention."""
     problem, tensors = prepared(call)
-    problem = _Chunks(**vars(problem), at_once=AT_ONCE)
+    fields = vars(problem) | {"extra_features": int(call.return_lse)}
+    problem = _Chunks(**fields, at_once=AT_ONCE)
     output = backends.current().with_gradient(
         forward, backward, formula, problem, tensors
     )
-    return _positions_first(output), None
+    output = _positions_first(output)
+    if not call.return_lse:
+        return Attended(output)
+    lse = ops.transpose(output[..., -1], (0, 2, 1))
+    return Attended(ops.cast(output[..., :-1], call.query.dtype), lse=lse)
 
 
 def forward(problem: _Chunks, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -65,13 +67,17 @@ def forward(problem: _Chunks, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         tensors: As of `blockwise.forward`, and the matrices of the talking heads.
 
     Returns:
-        The output, shape `(B, K, V, G, T)`, and zeros where tiles have the logarithm of
+        The output, shape `(B, K, V, G, T)`, with a feature more of the logarithms of
+        the rows' sums if they are asked for, and zeros where tiles have the logarithm of
         each row's sum, since a chunk is worked out again without it.
     """
     backend, chunks = backends.current(), _cut_rows(problem, tensors)
     batch, groups, _, shared, _ = ops.shape(tensors["query"])
-    shape = (batch, groups, tensors["value"].shape[2], shared, chunks.size)
-    dtype, axes = dtype_name(tensors["query"]), _axes_of_rows(tensors)
+    width = tensors["value"].shape[2] + problem.extra_features
+    shape = (batch, groups, width, shared, chunks.size)
+    example = tensors["query"][:0]
+    dtype = dtype_name(at_least_float32(example) if problem.extra_features else example)
+    axes = _axes_of_rows(tensors)
 
     def visit(index, carry):
         tile = _tile(chunks, index, tensors)
@@ -155,7 +161,10 @@ def _attend(problem: _Chunks, tensors: dict[str, Any], tile: Tile) -> Tensor:
     """Returns the output, `(B, K, V, G, rows)`, of a query and a bias that have the
     tile's rows alone."""
     call = _call(problem, tensors)
-    output, _ = reference.attend_rows(call, tile, tensors.get("seed"))
+    output, _, lse = reference.attend_rows(call, tile, tensors.get("seed"))
+    if lse is not None:
+        lse = ops.transpose(lse, (0, 2, 1))[..., None]
+        output = ops.concatenate([ops.cast(output, lse.dtype), lse], axis=-1)
     batch, groups, _, shared, rows = ops.shape(tensors["query"])
     output = ops.reshape(output, (batch, rows, groups, shared, output.shape[3]))
     return ops.transpose(output, (0, 2, 4, 3, 1))
@@ -183,6 +192,7 @@ def _call(problem: _Chunks, tensors: dict[str, Any]) -> AttentionCall:
         sink=None if sink is None else ops.reshape(sink, (-1,)),
         talking_heads=tuple(tensors.get(name) for name in TALKING_HEADS),
         dropout=problem.dropout,
+        return_lse=problem.extra_features > 0,
     )
 
 

@@ -19,7 +19,7 @@ from keras_mha._keras import (
 )
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.dropout import DrawnSeed, seed_pair
 from keras_mha.ops import padding, planner
 
@@ -39,8 +39,9 @@ def dot_product_attention(
     dropout: float = 0.0,
     seed: int | SeedGenerator | None = None,
     return_scores: bool = False,
+    return_lse: bool = False,
     implementation: planner.Implementation = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Attends from queries to keys and returns the weighted values.
 
         logits  = query . key * scale
@@ -81,6 +82,9 @@ def dot_product_attention(
         seed: An int or a `keras.random.SeedGenerator` for dropout. The same int drops
             the same weights in every call.
         return_scores: Whether to return the attention weights too.
+        return_lse: Whether to return the logarithm of each row's sum of exponentials
+            too, with which `keras_mha.merge_attention` joins what was attended to in
+            parts.
         implementation: `"auto"` takes the fastest kernel that can run the call.
             `"fused"` (the backend's own kernel), `"blockwise"` (tiles with a running
             softmax) and `"reference"` (the formula, with all scores in memory) demand
@@ -89,9 +93,12 @@ def dot_product_attention(
 
     Returns:
         The output, shape `(B, T, N, V)`, in the dtype that `query`, `key` and `value`
-        promote to; with `return_scores=True` the pair of it and the attention weights
-        after softmax (and mixing) and before dropout, shape `(B, N, T, S)`. float16 and
-        bfloat16 inputs are normalised in float32.
+        promote to; float16 and bfloat16 are normalised in float32. With
+        `return_scores=True` or `return_lse=True` a tuple of it and what is asked for:
+        the attention weights after softmax (and mixing) and before dropout, shape
+        `(B, N, T, S)`; then `log(sum(exp(logits + bias)))` over what a row may attend
+        to and the sink, shape `(B, N, T)`, float32 (float64 of such inputs), minus
+        infinity where that is nothing, with its gradients.
 
     Raises:
         TypeError: If an argument is of a wrong type or dtype.
@@ -118,6 +125,7 @@ def dot_product_attention(
         "dropout": dropout,
         "seed": seed,
         "return_scores": return_scores,
+        "return_lse": return_lse,
         "implementation": implementation,
     }
     mixing = {"talking_heads": talking_heads}
@@ -152,6 +160,7 @@ def plan_attention(
     dropout: float = 0.0,
     seed: int | SeedGenerator | None = None,
     return_scores: bool = False,
+    return_lse: bool = False,
     implementation: planner.Implementation = "auto",
 ) -> planner.Plan:
     """Says which implementation `dot_product_attention` would take, and why.
@@ -173,6 +182,7 @@ def plan_attention(
         dropout: As there.
         seed: As there.
         return_scores: As there.
+        return_lse: As there.
         implementation: As there.
 
     Returns:
@@ -203,6 +213,7 @@ def plan_attention(
         dropout=dropout,
         seed=seed,
         return_scores=return_scores,
+        return_lse=return_lse,
     )
     return planner.plan(call, implementation)
 
@@ -242,9 +253,13 @@ class DotProductAttention(keras.Operation):
         planner.plan(call, implementation)
         shape, dtype = (*query.shape[:3], value.shape[-1]), call.query.dtype
         output = keras.KerasTensor(shape, dtype=dtype)
-        if not call.return_scores:
-            return output
-        return output, keras.KerasTensor(call.scores_shape, dtype=dtype)
+        results = (output,)
+        if call.return_scores:
+            results += (keras.KerasTensor(call.scores_shape, dtype=dtype),)
+        if call.return_lse:
+            dtype = "float64" if dtype_name(call.query) == "float64" else "float32"
+            results += (keras.KerasTensor(call.scores_shape[:3], dtype=dtype),)
+        return results if len(results) > 1 else output
 
     def get_config(self) -> dict[str, Any]:
         seed = keras.saving.serialize_keras_object(self.options["seed"])
@@ -264,12 +279,13 @@ def _attend(query, key, value, *, implementation, position_bias=None, **argument
     with without_autocast():
         call = checked_call(query, key, value, **arguments)
         call, spoilt = padding.without_padding(call)
-        output, scores = planner.plan(call, implementation).kernel(call)
+        results = _asked_for(planner.plan(call, implementation).kernel(call))
     if spoilt is not None:
-        output = padding.nan_where(spoilt, output)
-        if call.return_scores:
-            scores = padding.nan_where(spoilt[:, None], scores)
-    return (output, scores) if call.return_scores else output
+        # Of the output the tokens are behind the batch, of all else behind the heads.
+        output, *others = results
+        others = [padding.nan_where(spoilt[:, None], x) for x in others]
+        results = (padding.nan_where(spoilt, output), *others)
+    return results if len(results) > 1 else results[0]
 
 
 @backends.as_written
@@ -278,8 +294,12 @@ def attend_without_padding(query, key, value, *, implementation, **arguments):
     query, key, value = _as_float_tensors(query, key, value)
     with without_autocast():
         call = checked_call(query, key, value, **arguments)
-        output, scores = planner.plan(call, implementation).kernel(call)
-    return (output, scores) if call.return_scores else output
+        results = _asked_for(planner.plan(call, implementation).kernel(call))
+    return results if len(results) > 1 else results[0]
+
+
+def _asked_for(attended: Attended) -> tuple[Tensor, ...]:
+    return tuple(x for x in attended if x is not None)
 
 
 def drawn(seed: int | SeedGenerator | None) -> DrawnSeed:
@@ -303,6 +323,7 @@ def checked_call(
     dropout=0.0,
     seed=None,
     return_scores=False,
+    return_lse=False,
 ) -> AttentionCall:
     """Checks the arguments, fills in the defaults and returns them as one call.
 
@@ -329,7 +350,13 @@ def checked_call(
         dropout=_checks.dropout_rate("dropout", dropout),
         seed=seed,
         return_scores=_checks.boolean("return_scores", return_scores),
+        return_lse=_checks.boolean("return_lse", return_lse),
     )
+    if call.return_lse and call.talking_heads[1] is not None:
+        raise ValueError(
+            "`return_lse` must be False with `talking_heads` after softmax, whose rows "
+            "have no sum of their own. Received: return_lse=True"
+        )
     _check_seed(seed)
     if isinstance(call.mask, masks.Mask):
         call.mask.check(call.scores_shape)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from keras_mha import _checks
-from keras_mha._keras import Tensor
 from keras_mha.kernels import backends, blockwise, fused, reference, row_chunks
-from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.call import Attended, AttentionCall
 
 Implementation = Literal["auto", "flash", "fused", "blockwise", "reference"]
 
@@ -28,7 +27,7 @@ class Plan:
 
     implementation: str
     reason: str
-    kernel: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = field(repr=False)
+    kernel: Callable[[AttentionCall], Attended] = field(repr=False)
 
 
 def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
@@ -65,7 +64,7 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     blockwise_refusal = blockwise.refusal(call)
     if implementation == "blockwise":
         _raise_if(blockwise_refusal, "implementation='blockwise'")
-        return Plan("blockwise", "asked for", blockwise.attend)
+        return Plan("blockwise", "asked for", _tiles(call))
     if fused_refusal is None:
         reason = "the backend's own kernel can run the call"
         return Plan("fused", reason, fused.attend)
@@ -73,8 +72,13 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
         _raise_if(blockwise_refusal, "flash_attention=True (implementation='flash')")
-        return Plan("blockwise", fused_refusal, blockwise.attend)
+        return Plan("blockwise", fused_refusal, _tiles(call))
     return _without_fused(call, fused_refusal, blockwise_refusal)
+
+
+def _tiles(call: AttentionCall) -> Callable[[AttentionCall], Attended]:
+    """Returns what works a call out in parts: tiles have no gradient of rows' sums."""
+    return row_chunks.attend if call.return_lse else blockwise.attend
 
 
 def _without_fused(
@@ -92,11 +96,11 @@ def _without_fused(
         return Plan("reference", blockwise_refusal, reference.attend)
     if not (isinstance(rows, int) and isinstance(columns, int)):
         reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
-        return Plan("blockwise", reason, blockwise.attend)
+        return Plan("blockwise", reason, _tiles(call))
     if rows * columns < few:
         reason = f"{fused_refusal}; tiles pay from {few} scores a head"
         return Plan("reference", reason, reference.attend)
-    return Plan("blockwise", fused_refusal, blockwise.attend)
+    return Plan("blockwise", fused_refusal, _tiles(call))
 
 
 def _check_parts(call: AttentionCall, plan: Plan) -> None:

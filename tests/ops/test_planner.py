@@ -121,6 +121,19 @@ def test_scores_of_heads_that_talk_are_of_all_rows():
     assert chosen.kernel is reference.attend
 
 
+@pytest.mark.parametrize("length", [SHORT, LONG, None])
+def test_the_rows_sums_come_of_the_formula_some_rows_at_a_time_if_long(length):
+    chosen = plan(a_call(length, return_lse=True))
+    if length == SHORT:
+        assert chosen.kernel is reference.attend
+    else:
+        assert chosen.implementation == "blockwise"
+        assert chosen.kernel is row_chunks.attend
+    assert plan(a_call(length, return_lse=True), "flash").kernel is row_chunks.attend
+    with pytest.raises(ValueError, match="implementation='fused'"):
+        plan(a_call(length, return_lse=True), "fused")
+
+
 # ---------------------------------------------------------- keras_mha.plan_attention
 
 

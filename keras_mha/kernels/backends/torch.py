@@ -277,10 +277,11 @@ class _Node:
         tensors = self._by_name(tensors)
         query, value = tensors["query"], tensors["value"]
         batch, groups, _, shared, rows = query.shape
-        shape = (batch, groups, value.shape[2], shared, rows)
+        extra = self._problem.extra_features
+        shape = (batch, groups, value.shape[2] + extra, shared, rows)
         dtype = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty((*shape[:2], 1, *shape[3:]), dtype=dtype)
-        return query.new_empty(shape), lse
+        return query.new_empty(shape, dtype=dtype if extra else query.dtype), lse
 
     def gradients(self, tensors, output, kept, output_gradient, wanted):
         names = tuple(self._names[place] for place in wanted)
