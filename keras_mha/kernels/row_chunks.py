@@ -67,9 +67,9 @@ def forward(problem: _Chunks, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         tensors: As of `blockwise.forward`, and the matrices of the talking heads.
 
     Returns:
-        The output, shape `(B, K, V, G, T)`, with a feature more of the logarithms of
-        the rows' sums if they are asked for, and zeros where tiles have the logarithm of
-        each row's sum, since a chunk is worked out again without it.
+        The output, shape `(B, K, V, G, T)`, with a feature more that is the logarithms
+        of the rows' sums if they are asked for; and zeros where tiles have these, since
+        a chunk is worked out again without them.
     """
     backend, chunks = backends.current(), _cut_rows(problem, tensors)
     batch, groups, _, shared, _ = ops.shape(tensors["query"])

@@ -128,10 +128,12 @@ def test_compiled(xla, implementation):
     def function(*heads):
         return attend(*heads, implementation=implementation, mask=masks.Causal())
 
-    heads = [to_tensor(x) for x in HEADS]
+    heads = [to_tensor(x, "bfloat16") for x in HEADS]
     found = backend_jit(function, xla=xla)(*heads)
-    for one, two in zip(found, attend(*heads, mask=masks.Causal()), strict=True):
-        np.testing.assert_allclose(to_numpy(one), to_numpy(two), atol=1e-5)
+    expected = attend(*heads, mask=masks.Causal())
+    for one, two, tolerance in zip(found, expected, (2e-2, 1e-5), strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_allclose(to_numpy(one), to_numpy(two), atol=tolerance)
 
 
 def test_they_come_after_the_scores():
