@@ -108,9 +108,8 @@ def log_sums(
         logits = np.concatenate([logits, column], axis=-1)
     with np.errstate(divide="ignore"):  # log(0)
         largest = np.maximum(logits.max(axis=-1, keepdims=True), -1e9)
-        return (largest + np.log(np.exp(logits - largest).sum(-1, keepdims=True)))[
-            ..., 0
-        ]
+        total = np.exp(logits - largest).sum(axis=-1)
+        return largest[..., 0] + np.log(total)
 
 
 def mixed(heads: Array, matrix: Array | None) -> Array:
