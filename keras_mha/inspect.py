@@ -22,7 +22,7 @@ from keras_mha.layers import recording
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
 from keras_mha.masks import Tile
 from keras_mha.ops import planner
-from keras_mha.ops.dot_product_attention import checked_call
+from keras_mha.ops.checked_call import checked_call
 
 # How many scores are worked out at a time: 64 MiB of them in float32.
 _AT_ONCE = 2**24

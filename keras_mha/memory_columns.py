@@ -11,6 +11,7 @@ from typing import Any
 from keras import ops
 
 from keras_mha._keras import Shape, Tensor, dtype_name, larger, smaller
+from keras_mha._lengths import shorter
 from keras_mha.biases import Bias
 from keras_mha.kernels.masking import mask_block
 from keras_mha.masks import And, Causal, Mask, Or, Padding, Prefix, Tile
@@ -114,7 +115,7 @@ class _BesideMemory:
             return _behind(front, missing, block(inner), inner.columns)
         # Wherever the tile lies, something of one size is built, all learned keys and
         # a tile's columns of the sequence, and cut where the tile begins.
-        width = _smaller(tile.columns, self.length)
+        width = shorter(tile.columns, self.length)
         start = larger(tile.column - self.count, 0)
         found = block(tile._replace(column=start, columns=width))
         found = _behind(front, self.count, found, width)
@@ -205,8 +206,3 @@ def _behind(front: Any, count: int, block: Any, width: Any) -> Tensor:
 
 def _filled(number: Any, shape: tuple, dtype: str | None = None) -> Tensor:
     return ops.broadcast_to(ops.convert_to_tensor(number, dtype=dtype), shape)
-
-
-def _smaller(x: Any, y: Any) -> Any:
-    both_known = isinstance(x, int) and isinstance(y, int)
-    return min(x, y) if both_known else smaller(x, y)
