@@ -81,7 +81,8 @@ def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
         tensors["sink"] = ops.reshape(sink, (groups, shared))
     for name, mixing in zip(TALKING_HEADS, call.talking_heads, strict=True):
         if mixing is not None:
-            tensors[name] = mixing
+            # A gradient of the kernel's own may not find variables of TensorFlow's.
+            tensors[name] = backends.current().plain(ops.convert_to_tensor(mixing))
     position_bias, held = split_tensors(call.position_bias)
     held = {f"position_bias_{i}": tensor for i, tensor in enumerate(held)}
     differentiable = tuple(name for name, x in (tensors | held).items() if is_float(x))

@@ -126,8 +126,9 @@ def dot_product_attention(
         "implementation": implementation,
     }
     mixing = {"talking_heads": talking_heads}
-    tensors = (query, key, value, mask, bias, sink, talking_heads)
-    if any(is_symbolic(x) for x in keras.tree.flatten(tensors)):
+    matrices = talking_heads if isinstance(talking_heads, tuple | list) else ()
+    tensors = (query, key, value, mask, bias, sink, *matrices)
+    if any(is_symbolic(x) for x in tensors):
         if position_bias is not None:
             raise ValueError(
                 "`position_bias` must be None in a Functional model, which does not "

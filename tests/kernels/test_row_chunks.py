@@ -9,7 +9,16 @@ import keras_mha
 from keras_mha import masks
 from keras_mha.kernels import backends, row_chunks, tiling
 from tests import oracle
-from tests.helpers import only_tensorflow, outputs_and_gradients, to_numpy, to_tensor
+from tests.helpers import (
+    only_tensorflow,
+    only_torch,
+    outputs_and_gradients,
+    skip_unless_one_graph,
+    to_numpy,
+    to_tensor,
+)
+
+BACKEND = keras.backend.backend()
 
 B, T, S, N, K, H, V = 2, 9, 7, 4, 2, 3, 5
 RNG = np.random.default_rng(0)
@@ -128,6 +137,48 @@ def test_half_types_are_summed_in_float32():
     )
     for one, two in zip(found[1:], expected[1:], strict=True):
         assert np.abs(one - two).max() <= 0.008 * np.abs(two).max()  # two roundings
+
+
+@pytest.mark.parametrize("where", ["pre", "both"])
+def test_a_layer_attends_in_chunks_and_learns_from_them(where):
+    """Its matrices are variables."""
+    results = []
+    for flash_attention in (None, False):
+        keras.utils.set_random_seed(0)
+        layer = keras_mha.MultiHeadAttention(
+            N, H, talking_heads=where, flash_attention=flash_attention
+        )
+        x = to_tensor(np.random.default_rng(0).normal(size=(B, T, 6)))
+        output = layer(x, use_causal_mask=True)
+        model = keras.Sequential([layer])
+        # Eagerly, where the backend has that.
+        model.compile("sgd", "mse", run_eagerly=BACKEND != "jax")
+        model.fit(x, to_numpy(x), epochs=2, verbose=0)
+        results.append([to_numpy(output), *map(to_numpy, layer.trainable_weights)])
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_a_variable_may_be_a_matrix():
+    matrix = keras.Variable(ARRAYS["pre"], dtype="float32")
+    heads = [to_tensor(ARRAYS[name]) for name in ("query", "key", "value")]
+    found, expected = (
+        keras_mha.dot_product_attention(*heads, talking_heads=(x, None))
+        for x in (matrix, to_tensor(ARRAYS["pre"]))
+    )
+    np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
+
+
+@only_torch
+def test_a_call_with_matrices_is_one_graph():
+    import torch
+
+    skip_unless_one_graph()
+    inputs = [to_tensor(x) for x in ARRAYS.values()]
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    np.testing.assert_allclose(
+        to_numpy(compiled(*inputs)), to_numpy(attend(*inputs)), atol=1e-6
+    )
 
 
 @only_tensorflow
