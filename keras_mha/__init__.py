@@ -1,7 +1,7 @@
 """Multi-head attention for Keras 3, correct on TensorFlow, JAX and PyTorch."""
 
 import keras_mha._keras  # noqa: F401  first, to say what to do without a backend
-from keras_mha import interop, masks, positions
+from keras_mha import distribution, interop, masks, positions
 from keras_mha.callbacks import AttentionRecorder
 from keras_mha.inspect import attention_maps
 from keras_mha.layers.multi_head_attention import MultiHeadAttention
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "attention_maps",
     "attention_summary",
+    "distribution",
     "dot_product_attention",
     "interop",
     "masks",

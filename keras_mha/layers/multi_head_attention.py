@@ -22,6 +22,7 @@ from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks, memory_key_values, options, recording
 from keras_mha.layers.arguments import Call, filled
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
+from keras_mha.layers.building import building
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.call_masks import bias_of, mask_of
 from keras_mha.layers.clean_inputs import clean, spoilt
@@ -377,16 +378,17 @@ class MultiHeadAttention(keras.layers.Layer):
         input_checks.check_input_shapes(self._axes, query_shape, value_shape, key_shape)
         if self.position is not None:
             input_checks.check_position_axes(self.position, self._axes.attended)
-            if not self.position.built:
-                self.position.build()
         self._widths = {
             "query": query_shape[-1],
             "value": value_shape[-1],
             "key": key_shape[-1],
         }
-        with parts_not_rematerialized(self):
-            add_projections(self, query_shape, value_shape, key_shape)
-        add_own_weights(self)
+        with building(self):
+            if self.position is not None and not self.position.built:
+                self.position.build()
+            with parts_not_rematerialized(self):
+                add_projections(self, query_shape, value_shape, key_shape)
+            add_own_weights(self)
 
     # ------------------------------------------------------------------ call
 

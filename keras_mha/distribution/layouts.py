@@ -1,0 +1,140 @@
+"""Which device has which heads, for `keras.distribution`."""
+
+import re
+from typing import Any
+
+import keras
+
+from keras_mha.layers import building
+
+# How a layer's weights are shared, by their paths within it, first match first: along
+# the axis with the query heads or that with the key heads. The axes behind are whole.
+# All other weights are whole on each device: norms' scales and output biases, which all
+# heads share, talking heads' matrices, which mix them, and int8's scales.
+_QUERY_HEADS, _KEY_HEADS = "query heads", "key heads"
+_KERNEL = "(kernel|lora_kernel_a)"
+_AXES = {
+    f"(query|gate)/{_KERNEL}": (None, _QUERY_HEADS),
+    "(query|gate)/bias": (_QUERY_HEADS,),
+    f"(key|value)/{_KERNEL}": (None, _KEY_HEADS),
+    "(key|value)/bias": (_KEY_HEADS,),
+    f"attention_output/{_KERNEL}": (_QUERY_HEADS,),
+    "sink": (_QUERY_HEADS,),
+    "memory_(key|value)": (None, _KEY_HEADS),
+    "[^/]+/table": (None, _QUERY_HEADS),  # T5's and Swin's
+    "[^/]+/frequencies": (None, _KEY_HEADS),  # RoPE-Mixed's
+}
+
+
+def layout_map(
+    device_mesh: keras.distribution.DeviceMesh,
+    model_axis: str = "model",
+    batch_axis: str = "batch",
+) -> keras.distribution.LayoutMap:
+    """Returns layouts by which devices share the heads of attention layers.
+
+    Every `keras_mha.MultiHeadAttention` that is built under it has its query heads
+    (their projection, gate, output projection, sinks and position biases) shared along
+    `model_axis`, and its key and value heads too if there are enough of them: where
+    they do not divide by the axis, each device has them all. Wherever the layer stands
+    and whatever it is called: not by patterns of names, but as it makes its weights.
+
+    It says nothing of other layers, whose weights stay whole: add layouts of your own.
+
+    Args:
+        device_mesh: The devices.
+        model_axis: Name of the mesh's axis along which heads are shared.
+        batch_axis: Name of the axis along which the batch is, for
+            `keras.distribution.ModelParallel(batch_dim_name=)`.
+
+    Returns:
+        A `keras.distribution.LayoutMap`, to which more can be added. Yours come first.
+
+    Raises:
+        TypeError: If `device_mesh` is none.
+        ValueError: If the mesh has no axis of these names; when a layer is built, if
+            its heads cannot be shared evenly.
+
+    Example:
+
+    >>> devices = keras.distribution.list_devices()
+    >>> mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
+    >>> layouts = keras_mha.distribution.layout_map(mesh)
+    >>> layouts[".*dense/kernel"] = (None, "model")
+    >>> keras.distribution.set_distribution(
+    ...     keras.distribution.ModelParallel(
+    ...         layout_map=layouts, batch_dim_name="batch"
+    ...     )
+    ... )
+
+    References:
+        Shoeybi et al., 2019, Megatron-LM: https://arxiv.org/abs/1909.08053
+    """
+    if not isinstance(device_mesh, keras.distribution.DeviceMesh):
+        raise TypeError(
+            "`device_mesh` must be a keras.distribution.DeviceMesh. Received: "
+            f"device_mesh={device_mesh!r} (of type {type(device_mesh).__name__})"
+        )
+    for name, axis in (("model_axis", model_axis), ("batch_axis", batch_axis)):
+        if axis not in device_mesh.axis_names:
+            raise ValueError(
+                f"`{name}` must be one of the mesh's axes, "
+                f"{list(device_mesh.axis_names)}. Received: {name}={axis!r}"
+            )
+    if model_axis == batch_axis:
+        raise ValueError(
+            "`model_axis` and `batch_axis` must be two axes of the mesh. "
+            f"Received: model_axis={model_axis!r}, batch_axis={batch_axis!r}"
+        )
+    return _HeadsLayoutMap(device_mesh, model_axis)
+
+
+class _HeadsLayoutMap(keras.distribution.LayoutMap):
+    """Layouts of what is added to it, and of attention layers as they are built."""
+
+    def __init__(self, device_mesh: Any, axis: str):
+        super().__init__(device_mesh)
+        self._axis = axis
+        sizes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
+        self._size = sizes[axis]
+        # By the layer's path, also for what it gets later: LoRA's and int8's weights.
+        self._shares_key_heads: dict[str, bool] = {}
+
+    def __getitem__(self, path: str) -> Any:
+        if (layer := building.current()) is not None:
+            self._note(layer)
+        found = super().__getitem__(path)
+        return self._of_heads(path) if found is None else found
+
+    def _note(self, layer: Any) -> None:
+        if layer.num_heads % self._size:
+            raise ValueError(
+                f"`num_heads` must be a multiple of the {self._size} devices along the "
+                f"mesh's axis {self._axis!r}, which share the heads: choose another "
+                "number of heads, or a mesh with fewer devices along this axis. "
+                f"Received: the layer {layer.path!r} with num_heads={layer.num_heads}"
+            )
+        self._shares_key_heads[layer.path] = layer.num_key_value_heads % self._size == 0
+
+    def _of_heads(self, path: str) -> Any:
+        parts = path.split("/")
+        for end in range(len(parts) - 1, 0, -1):
+            shares_key_heads = self._shares_key_heads.get("/".join(parts[:end]))
+            if shares_key_heads is not None:
+                axes = _axes("/".join(parts[end:]))
+                return axes and self._layout(axes, shares_key_heads)
+        return None
+
+    def _layout(self, axes: tuple, shares_key_heads: bool) -> Any:
+        shared = {_QUERY_HEADS: self._axis}
+        if shares_key_heads:
+            shared[_KEY_HEADS] = self._axis
+        axes = [shared.get(axis) for axis in axes]
+        return keras.distribution.TensorLayout(axes, self.device_mesh)
+
+
+def _axes(path: str) -> tuple[str | None, ...] | None:
+    for pattern, axes in _AXES.items():
+        if re.fullmatch(pattern, path):
+            return axes
+    return None
