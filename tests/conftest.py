@@ -36,4 +36,4 @@ def pytest_collection_finish():
     a million objects, which it would look through again at every few programs made."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(10_000, 10, 10)

@@ -21,8 +21,8 @@ _AXES = {
     f"attention_output/{_KERNEL}": (_QUERY_HEADS,),
     "sink": (_QUERY_HEADS,),
     "memory_(key|value)": (None, _KEY_HEADS),
-    "[^/]+/table": (None, _QUERY_HEADS),  # T5's and Swin's
-    "[^/]+/frequencies": (None, _KEY_HEADS),  # RoPE-Mixed's
+    "table": (None, _QUERY_HEADS),  # of a position: T5's and Swin's
+    "frequencies": (None, _KEY_HEADS),  # RoPE-Mixed's
 }
 
 
@@ -97,8 +97,9 @@ class _HeadsLayoutMap(keras.distribution.LayoutMap):
         self._axis = axis
         sizes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
         self._size = sizes[axis]
-        # By the layer's path, also for what it gets later: LoRA's and int8's weights.
-        self._shares_key_heads: dict[str, bool] = {}
+        # Which heads are shared, by the layer's path: LoRA's and int8's weights come
+        # when it is built already.
+        self._shared: dict[str, tuple[str, ...]] = {}
 
     def __getitem__(self, path: str) -> Any:
         if (layer := building.current()) is not None:
@@ -107,30 +108,34 @@ class _HeadsLayoutMap(keras.distribution.LayoutMap):
         return self._of_heads(path) if found is None else found
 
     def _note(self, layer: Any) -> None:
-        if layer.num_heads % self._size:
+        key_heads = getattr(layer, "num_key_value_heads", None)
+        if key_heads is not None and layer.num_heads % self._size:
             raise ValueError(
                 f"`num_heads` must be a multiple of the {self._size} devices along the "
                 f"mesh's axis {self._axis!r}, which share the heads: choose another "
                 "number of heads, or a mesh with fewer devices along this axis. "
                 f"Received: the layer {layer.path!r} with num_heads={layer.num_heads}"
             )
-        self._shares_key_heads[layer.path] = layer.num_key_value_heads % self._size == 0
+        # A position has one kind of heads: those of queries, or of keys.
+        heads = {
+            _QUERY_HEADS: layer.num_heads,
+            _KEY_HEADS: key_heads or layer.num_heads,
+        }
+        self._shared[layer.path] = tuple(
+            kind for kind, count in heads.items() if count % self._size == 0
+        )
 
     def _of_heads(self, path: str) -> Any:
         parts = path.split("/")
         for end in range(len(parts) - 1, 0, -1):
-            shares_key_heads = self._shares_key_heads.get("/".join(parts[:end]))
-            if shares_key_heads is not None:
-                axes = _axes("/".join(parts[end:]))
-                return axes and self._layout(axes, shares_key_heads)
+            shared = self._shared.get("/".join(parts[:end]))
+            if shared is not None:
+                kinds = _axes("/".join(parts[end:])) or ()
+                axes = [self._axis if kind in shared else None for kind in kinds]
+                if not any(axes):
+                    return None
+                return keras.distribution.TensorLayout(axes, self.device_mesh)
         return None
-
-    def _layout(self, axes: tuple, shares_key_heads: bool) -> Any:
-        shared = {_QUERY_HEADS: self._axis}
-        if shares_key_heads:
-            shared[_KEY_HEADS] = self._axis
-        axes = [shared.get(axis) for axis in axes]
-        return keras.distribution.TensorLayout(axes, self.device_mesh)
 
 
 def _axes(path: str) -> tuple[str | None, ...] | None:

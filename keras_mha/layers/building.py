@@ -1,4 +1,4 @@
-"""Tells which attention layer makes its weights now, to whoever lays them out."""
+"""Tells which layer that knows of heads makes its weights now, to who shares them."""
 
 import contextlib
 import threading
@@ -10,7 +10,7 @@ _current = threading.local()
 
 @contextlib.contextmanager
 def building(layer: Any) -> Iterator[None]:
-    """Says in this thread that a layer makes its weights."""
+    """Says in this thread that a layer makes its weights, which belong to heads."""
     before, _current.layer = current(), layer
     try:
         yield
@@ -19,5 +19,5 @@ def building(layer: Any) -> Iterator[None]:
 
 
 def current() -> Any:
-    """Returns the innermost attention layer that makes its weights, or `None`."""
+    """Returns the innermost such layer, or `None`."""
     return getattr(_current, "layer", None)

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_mha import _checks
 from keras_mha._keras import Shape, told_as_it_is
+from keras_mha.layers.building import building
 from keras_mha.layers.rotary_axes import axial_frequencies, sections_of
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.ops.tensors import constant
@@ -108,12 +109,13 @@ class MixedRotaryEmbedding(RotaryEmbedding):
         if inputs_shape is not None:
             self.num_heads = self.num_heads or inputs_shape[2]
             self.check_width(inputs_shape[-1])
-        self.frequencies = self.add_weight(
-            name="frequencies",
-            shape=(self.axes, self.num_heads, self._width // 2),
-            initializer=self._initial_frequencies,
-            autocast=False,  # it keeps its precision under a mixed policy
-        )
+        with building(self):
+            self.frequencies = self.add_weight(
+                name="frequencies",
+                shape=(self.axes, self.num_heads, self._width // 2),
+                initializer=self._initial_frequencies,
+                autocast=False,  # it keeps its precision under a mixed policy
+            )
         self.built = True
 
     def get_build_config(self) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from keras_mha.biases import (
     Positions,
     Slopes,
 )
+from keras_mha.layers.building import building
 from keras_mha.layers.coordinates import checked_coordinates
 from keras_mha.layers.position_ids import checked_ids
 from keras_mha.layers.sharing import Shareable
@@ -346,12 +347,13 @@ class RelativePositionBias(PositionBias):
     ) -> None:
         """Makes the table, which depends on the number of heads only."""
         self._require_heads()
-        self.table = self.add_weight(
-            name="table",
-            shape=(self.num_buckets, self.num_heads),
-            initializer=self._initializer,
-            autocast=False,  # it keeps its precision under a mixed policy
-        )
+        with building(self):
+            self.table = self.add_weight(
+                name="table",
+                shape=(self.num_buckets, self.num_heads),
+                initializer=self._initializer,
+                autocast=False,  # it keeps its precision under a mixed policy
+            )
         self.built = True
 
     @property
