@@ -15,6 +15,7 @@ import pytest
 
 import keras_mha
 from keras_mha.distribution import layout_map
+from keras_mha.layers.building import building
 
 pytestmark = pytest.mark.once
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,8 +143,14 @@ def mesh(**names):
 def test_a_layout_of_ones_own_comes_first():
     layouts = layout_map(mesh())
     layouts[".*query/kernel"] = ("batch", None, None)
-    assert layouts["attention/query/kernel"].axes == ("batch", None, None)
-    assert layouts["attention/key/kernel"] is None  # no such layer was built
+    layer = keras_mha.MultiHeadAttention(4, 2, name="attention")
+    layer.build((1, 3, 8))
+    assert layouts["attention/key/kernel"] is None  # built before, and not under it
+    with building(layer):
+        assert layouts["attention/query/kernel"].axes == ("batch", None, None)
+        assert list(layouts["attention/key/kernel"].axes) == [None, "model"]
+    assert list(layouts["attention/key/bias"].axes) == ["model"]
+    assert layouts["other/key/bias"] is None
 
 
 @pytest.mark.parametrize(
