@@ -55,7 +55,7 @@ class Claims:
         assert same >= total - 2
         assert rounding(text) < 1e-3
 
-    def test_the_maps_are_those_of_the_masks(self, notebook):
+    def test_the_maps_show_no_padding_and_nothing_that_comes_later(self, notebook):
         text = printed(notebook)["maps"]
         assert "(1000, 4, 33, 33)" in text
         assert "(1000, 4, 10, 10)" in text
