@@ -284,3 +284,13 @@ def test_integers_beside_a_cache():
     for new in (lambda x: layer.init_cache(B, T), lambda x: layer.init_cache(memory=x)):
         found, wanted = layer(x, cache=new(x))[0], layer(y, cache=new(y))[0]
         np.testing.assert_array_equal(to_numpy(found), to_numpy(wanted))
+
+
+def test_lists_of_one_number_or_one_row_are_arrays_too():
+    layer = keras_mha.MultiHeadAttention(2, 4, position=keras_mha.RotaryEmbedding())
+    x = to_tensor(np.ones((1, 1, 8)))
+    given = {"position_ids": [3], "segment_ids": [[0]], "query_mask": [[True]]}
+    expected = {name: np.array(numbers) for name, numbers in given.items()}
+    np.testing.assert_allclose(
+        to_numpy(layer(x, **given)), to_numpy(layer(x, **expected))
+    )
