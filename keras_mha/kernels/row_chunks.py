@@ -23,7 +23,7 @@ from keras_mha._lengths import longer
 from keras_mha.kernels import backends, reference
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.parts import join_tensors
-from keras_mha.kernels.problem import TALKING_HEADS, Problem, prepared, undivided
+from keras_mha.kernels.problem import TALKING_HEADS, Problem, prepared
 from keras_mha.kernels.tiling import Pieces, cut_in_pieces
 from keras_mha.masks import Tile, whole_tile
 
@@ -37,11 +37,6 @@ class _Chunks(Problem):
     """A problem, and how many of its scores are worked out at a time."""
 
     at_once: int
-
-
-def refusal(call: AttentionCall) -> str | None:
-    """Returns why chunks cannot run this call, or `None` if they can."""
-    return undivided(call)
 
 
 def attend(call: AttentionCall) -> Attended:

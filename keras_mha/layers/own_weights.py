@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from keras_mha._keras import Tensor
 from keras_mha.layers import memory_key_values
 
 
@@ -34,9 +33,7 @@ def add_own_weights(layer: Any) -> None:
 
 def arguments_of(layer: Any) -> dict[str, Any]:
     """Returns what these weights are as arguments of `dot_product_attention`."""
-    arguments: dict[str, Tensor | Any] = {
-        "sink": 0.0 if layer._attention_sink == "zero" else layer.sink
-    }
+    arguments = {"sink": 0.0 if layer._attention_sink == "zero" else layer.sink}
     if layer._talking_heads is not None:
         mixing = layer.talking_heads_pre, layer.talking_heads_post
         arguments["talking_heads"] = mixing

@@ -7,6 +7,7 @@ from typing import Literal
 from keras_mha import _checks
 from keras_mha.kernels import backends, blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import Attended, AttentionCall
+from keras_mha.kernels.problem import undivided
 
 Implementation = Literal["auto", "flash", "fused", "blockwise", "reference"]
 
@@ -87,7 +88,7 @@ def _without_fused(
     """Chooses between tiles and whole scores."""
     few = backends.current().FEW_SCORES
     rows, columns = call.scores_shape[2:]
-    if call.mixes_heads and row_chunks.refusal(call) is None:
+    if call.mixes_heads and undivided(call) is None:
         are_known = isinstance(rows, int) and isinstance(columns, int)
         if not are_known or rows * columns >= few:
             reason = f"{blockwise_refusal}; of some rows at a time"

@@ -146,8 +146,10 @@ def mesh(**names):
 
 
 def test_a_layout_of_ones_own_comes_first():
+    yours = keras.distribution.LayoutMap(mesh())
+    yours[".*query/kernel"] = ("batch", None, None)
     layouts = layout_map(mesh())
-    layouts[".*query/kernel"] = ("batch", None, None)
+    layouts.update(yours)
     layer = keras_mha.MultiHeadAttention(4, 2, name="attention")
     layer.build((1, 3, 8))
     assert layouts["attention/key/kernel"] is None  # built before, and not under it
