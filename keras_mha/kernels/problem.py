@@ -105,9 +105,13 @@ def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
 
 
 def _groups_at_once(call: AttentionCall) -> int | None:
-    """A CPU wants a tile that fits its cache, others as much work as they can get."""
+    """A CPU wants a tile that fits its cache, others as much work as they can get.
+
+    Several devices may share the heads, unknown to the call: a tile of some heads would
+    then be of some devices, and gathered by all.
+    """
     backend = backends.current()
-    if not backend.on_cpu(call.query):
+    if not backend.on_cpu(call.query) or backend.device_count() > 1:
         return None
     heads, groups = call.query.shape[2], call.key.shape[2]
     most = max(backend.HEADS_PER_TILE * groups // heads, 1)

@@ -30,7 +30,7 @@ class TileScores:
     def logits(
         self, query: Tensor, place: Place, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns a tile of logits, `(heads, G * rows, columns)`, minus infinity where
+        """Returns a tile of logits, `(*lead, G * rows, columns)`, minus infinity where
         masked, and the soft cap's derivative (`None` without a cap)."""
         walk, slope = self.walk, None
         key = walk.cut_columns(self.tensors["key"], place)

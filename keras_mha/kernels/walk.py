@@ -5,8 +5,9 @@ side by side: queries are `(B, K, width, G, T)`, keys and values `(B, K, width, 
 tile's matrices then all have their long axis last, the fast order on CPUs.
 
 A tile belongs to some heads (the *chunk*), a piece of the rows and one of the columns.
-In it, batch rows and key heads are folded into one axis and so are `G` and rows:
-queries are `(heads, width, G * rows)` and scores `(heads, G * rows, columns)`.
+In it `G` and rows are folded into one axis: queries are `(*lead, width, G * rows)` and
+scores `(*lead, G * rows, columns)`, where `lead` is `(batch rows, key heads)`. These
+two stay apart: compilers share work among devices along whole axes.
 """
 
 import math
@@ -80,7 +81,7 @@ class Walk:
         self.group_chunks = self.groups // self.chunk_groups
         self.batch_chunks = self.batch if self.one_batch_row else 1
         self.chunks = self.batch_chunks * self.group_chunks
-        self.folded = self.chunk_batch * self.chunk_groups
+        self.lead = (self.chunk_batch, self.chunk_groups)
         # Heads that share a key stand side by side in a tile, with fewer rows each.
         self.rows = cut_in_pieces(
             rows, None if tile is None else max(tile // self.shared, tile // 4)
@@ -142,34 +143,31 @@ class Walk:
     # ------------------------------------------------------------------ a tile's parts
 
     def cut_rows(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, G, T) -> (heads, width, G * rows)`, in float32 at least."""
+        """`(B, K, width, G, T) -> (*lead, width, G * rows)`, in float32 at least."""
         starts = (place.batch, place.group, 0, 0, place.row)
-        lead = (self.chunk_batch, self.chunk_groups)
-        x = ops.slice(x, starts, (*lead, *x.shape[2:4], self.rows.size))
-        x = ops.reshape(x, (self.folded, x.shape[2], self.all_rows))
+        x = ops.slice(x, starts, (*self.lead, *x.shape[2:4], self.rows.size))
+        x = ops.reshape(x, (*self.lead, x.shape[2], self.all_rows))
         return at_least_float32(x)
 
     def cut_columns(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, S) -> (heads, width, columns)`, in float32 at least."""
+        """`(B, K, width, S) -> (*lead, width, columns)`, in float32 at least."""
         starts = (place.batch, place.group, 0, place.column)
-        lead = (self.chunk_batch, self.chunk_groups)
-        x = ops.slice(x, starts, (*lead, x.shape[2], self.columns.size))
-        x = ops.reshape(x, (self.folded, x.shape[2], self.columns.size))
+        x = ops.slice(x, starts, (*self.lead, x.shape[2], self.columns.size))
+        x = ops.reshape(x, (*self.lead, x.shape[2], self.columns.size))
         return at_least_float32(x)
 
     def cut_heads(self, x: Tensor, place: Place) -> Tensor:
-        """`(K, G)`, a number a head, `-> (heads, G * rows)`."""
+        """`(K, G)`, a number a head, `-> (*lead, G * rows)`."""
         x = ops.slice(x, (place.group, 0), (self.chunk_groups, self.shared))
-        shape = (self.chunk_batch, self.chunk_groups, self.shared, self.rows.size)
+        shape = (*self.lead, self.shared, self.rows.size)
         x = ops.broadcast_to(ops.cast(x, self.dtype)[None, :, :, None], shape)
-        return ops.reshape(x, (self.folded, self.all_rows))
+        return ops.reshape(x, (*self.lead, self.all_rows))
 
     def cut_scores(self, x: Tensor, place: Place) -> Tensor:
         """`(B, K, G, T, S) -> (batch rows, key heads, G, rows, columns)`; an axis of
         length 1 stays, to broadcast."""
         starts = (place.batch, place.group, 0, place.row, place.column)
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        sizes = (*lead, self.rows.size, self.columns.size)
+        sizes = (*self.lead, self.shared, self.rows.size, self.columns.size)
         shape = ops.shape(x)
         starts = [
             unless_one(n, start, 0) for n, start in zip(shape, starts, strict=True)
@@ -178,13 +176,13 @@ class Walk:
         return ops.slice(x, starts, sizes)
 
     def by_head(self, scores: Tensor) -> Tensor:
-        """`(heads, G * rows, columns) -> (batch rows, key heads, G, rows, columns)`."""
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        return ops.reshape(scores, (*lead, self.rows.size, self.columns.size))
+        """`(*lead, G * rows, columns) -> (batch rows, key heads, G, rows, columns)`."""
+        shape = (*self.lead, self.shared, self.rows.size, self.columns.size)
+        return ops.reshape(scores, shape)
 
     def folded_scores(self, scores: Tensor) -> Tensor:
         """The way back from `by_head`."""
-        return ops.reshape(scores, (self.folded, self.all_rows, self.columns.size))
+        return ops.reshape(scores, (*self.lead, self.all_rows, self.columns.size))
 
     def tile(self, place: Place) -> Tile:
         """Returns the tile as masks know it."""
@@ -249,15 +247,15 @@ class Walk:
     # ------------------------------------------------------------------ results
 
     def row_tiles(self, width: int, dtype: str) -> Any:
-        """Returns zeros to put results `(heads, width, G * rows)` into."""
-        shape = (self.folded, width, self.all_rows)
+        """Returns zeros to put results `(*lead, width, G * rows)` into."""
+        shape = (*self.lead, width, self.all_rows)
         return self.backend.new_tiles(
             self.chunks * self.rows.count, shape, dtype, self.like
         )
 
     def column_tiles(self, width: int, dtype: str) -> Any:
-        """Returns zeros to add results `(heads, width, columns)` to."""
-        shape = (self.folded, width, self.columns.size)
+        """Returns zeros to add results `(*lead, width, columns)` to."""
+        shape = (*self.lead, width, self.columns.size)
         return self.backend.new_tiles(
             self.chunks * self.columns.count, shape, dtype, self.like
         )
@@ -275,7 +273,7 @@ class Walk:
     def joined_rows(self, tiles: Any) -> Tensor:
         """Returns what was put in as `(B, K, width, G, T)`."""
         tiles = self.backend.stacked(tiles, self.chunks * self.rows.count)
-        width = tiles.shape[2]
+        width = tiles.shape[3]
         x = self._chunks_apart(tiles, self.rows.count, width, self.shared)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 6, 2, 7))
         return self.rows.joined(self._chunks_together(x))
@@ -283,18 +281,17 @@ class Walk:
     def joined_columns(self, tiles: Any) -> Tensor:
         """Returns the sums as `(B, K, width, S)`."""
         tiles = self.backend.stacked(tiles, self.chunks * self.columns.count)
-        width = tiles.shape[2]
+        width = tiles.shape[3]
         x = self._chunks_apart(tiles, self.columns.count, width)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 2, 6))
         return self.columns.joined(self._chunks_together(x))
 
     def _chunks_apart(self, tiles, pieces, width, *shared):
-        """`(chunks * pieces, heads, width, positions)` with the first two axes and the
+        """`(chunks * pieces, *lead, width, positions)` with the first axis and the
         query heads among the positions taken apart."""
-        lead = (self.batch_chunks, self.group_chunks, pieces)
-        heads = (self.chunk_batch, self.chunk_groups)
-        positions = ops.shape(tiles)[3] // (shared[0] if shared else 1)
-        return ops.reshape(tiles, (*lead, *heads, width, *shared, positions))
+        chunks = (self.batch_chunks, self.group_chunks, pieces)
+        positions = ops.shape(tiles)[4] // (shared[0] if shared else 1)
+        return ops.reshape(tiles, (*chunks, *self.lead, width, *shared, positions))
 
     def _chunks_together(self, x):
         return ops.reshape(x, (self.batch, self.groups, *ops.shape(x)[4:]))
@@ -319,17 +316,17 @@ class Walk:
         return _where_it_varies(bias, pieces)
 
     def _score_sizes(self, bias):
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        return _where_it_varies(bias, (*lead, self.rows.size, self.columns.size))
+        sizes = (*self.lead, self.shared, self.rows.size, self.columns.size)
+        return _where_it_varies(bias, sizes)
 
     def summed_scores(self, scores: Tensor, bias: Tensor) -> Tensor:
-        """Sums a tile `(heads, G * rows, columns)` over the bias's axes of length 1."""
+        """Sums a tile `(*lead, G * rows, columns)` over the bias's axes of length 1."""
         axes = tuple(axis for axis in range(5) if bias.shape[axis] == 1)
         scores = self.by_head(scores)
         return ops.sum(scores, axis=axes, keepdims=True) if axes else scores
 
     def summed_like(self, scores: Tensor, x: Tensor) -> Tensor:
-        """Sums a tile `(heads, G * rows, columns)` over what `x`, shaped for `by_head`,
+        """Sums a tile `(*lead, G * rows, columns)` over what `x`, shaped for `by_head`,
         broadcasts along, and may be known to only when a graph runs."""
         return _summed_to(ops.shape(x), self.summed_scores(scores, x))
 

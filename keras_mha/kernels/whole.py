@@ -35,7 +35,7 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
         scores.walk,
         Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0),
     )
-    query, key, value = (_folded(tensors[name]) for name in ("query", "key", "value"))
+    query, key, value = (_whole(tensors[name]) for name in ("query", "key", "value"))
     logits = walk.backend.scores(query * problem.scale, key)
     if problem.logit_soft_cap is not None:
         logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)
@@ -51,12 +51,12 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
     weights = walk.folded_scores(ops.where(seen, weights, ops.cast(0.0, walk.dtype)))
     output = walk.backend.to_rows(scores.dropped(place)(weights), value)
     batch, groups, _, shared, rows = ops.shape(tensors["query"])
-    output = ops.reshape(output, (batch, groups, ops.shape(value)[1], shared, rows))
+    output = ops.reshape(output, (batch, groups, ops.shape(value)[2], shared, rows))
     return ops.cast(output, dtype_name(tensors["query"]))
 
 
-def _folded(x: Tensor) -> Tensor:
+def _whole(x: Tensor) -> Tensor:
     """Returns all of a tensor as `Walk` cuts it, in float32 at least."""
-    batch, groups, width, *positions = ops.shape(x)
-    x = ops.reshape(x, (batch * groups, width, math.prod(positions)))
+    lead_and_width, positions = ops.shape(x)[:3], ops.shape(x)[3:]
+    x = ops.reshape(x, (*lead_and_width, math.prod(positions)))
     return at_least_float32(x)

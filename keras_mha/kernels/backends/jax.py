@@ -82,18 +82,18 @@ def stacked(tiles: Any, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
-    return jnp.einsum("hdr,hdc->hrc", x, y, precision=_EXACT)
+    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
+    return jnp.einsum("...dr,...dc->...rc", x, y, precision=_EXACT)
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
-    return jnp.einsum("hdc,hrc->hdr", y, weights, precision=_EXACT)
+    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
+    return jnp.einsum("...dc,...rc->...dr", y, weights, precision=_EXACT)
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
-    return jnp.einsum("hdr,hrc->hdc", x, weights, precision=_EXACT)
+    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
+    return jnp.einsum("...dr,...rc->...dc", x, weights, precision=_EXACT)
 
 
 def row_max(x: Any) -> Any:
@@ -130,6 +130,11 @@ def is_length(x: Any) -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return jax.default_backend() == "cpu"
+
+
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    return jax.device_count()
 
 
 def splits_sequences() -> bool:

@@ -83,18 +83,18 @@ def stacked(tiles: Any, count: Any) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
+    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
     return tf.matmul(x, y, transpose_a=True)
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
-    # Faster by half than the product that gives (heads, width, rows) at once.
+    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
+    # Faster by half than the product that gives (*lead, width, rows) at once.
     return tf.linalg.matrix_transpose(tf.matmul(weights, y, transpose_b=True))
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
+    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
     return tf.matmul(x, weights)
 
 
@@ -133,6 +133,11 @@ def is_length(x: Any) -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return not tf.config.list_logical_devices("GPU")
+
+
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    return 1  # each replica runs its own
 
 
 def splits_sequences() -> bool:

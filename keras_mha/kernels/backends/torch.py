@@ -78,17 +78,17 @@ def stacked(tiles: _Tiles, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
+    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
     return torch.matmul(x.mT, y)
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
+    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
     return torch.matmul(y, weights.mT)
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
+    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
     return torch.matmul(x, weights)
 
 
@@ -136,6 +136,11 @@ def is_exporting() -> bool:
 def on_cpu(x: Any) -> bool:
     """Whether computations with `x` run on a CPU."""
     return x.device.type == "cpu"
+
+
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    return 1  # each process runs its own
 
 
 def splits_sequences() -> bool:
