@@ -82,18 +82,21 @@ def stacked(tiles: Any, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
-    return jnp.einsum("...dr,...dc->...rc", x, y, precision=_EXACT)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    return jnp.einsum("bkdgr,bkdc->bkgrc", x, y, precision=_EXACT)
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
-    return jnp.einsum("...dc,...rc->...dr", y, weights, precision=_EXACT)
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    return jnp.einsum("bkdc,bkgrc->bkdgr", y, weights, precision=_EXACT)
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
-    return jnp.einsum("...dr,...rc->...dc", x, weights, precision=_EXACT)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return jnp.einsum("bkdgr,bkgrc->bkdc", x, weights, precision=_EXACT)
 
 
 def row_max(x: Any) -> Any:

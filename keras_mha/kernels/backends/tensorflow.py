@@ -83,19 +83,37 @@ def stacked(tiles: Any, count: Any) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
-    return tf.matmul(x, y, transpose_a=True)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    products = tf.matmul(_flat_rows(x, 3), y, transpose_a=True)
+    return _apart(products, 2, ops.shape(x)[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
-    # Faster by half than the product that gives (*lead, width, rows) at once.
-    return tf.linalg.matrix_transpose(tf.matmul(weights, y, transpose_b=True))
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    # Faster by half than the product that gives the transpose at once.
+    sums = tf.matmul(_flat_rows(weights, 2), y, transpose_b=True)
+    return _apart(tf.linalg.matrix_transpose(sums), 3, ops.shape(weights)[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
-    return tf.matmul(x, weights)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return tf.matmul(_flat_rows(x, 3), _flat_rows(weights, 2))
+
+
+def _flat_rows(x: Any, axis: int) -> Any:
+    """Folds `G` and rows into one axis, as products take them."""
+    shape = ops.shape(x)
+    rows = shape[axis] * shape[axis + 1]
+    return ops.reshape(x, (*shape[:axis], rows, *shape[axis + 2 :]))
+
+
+def _apart(x: Any, axis: int, lengths: tuple) -> Any:
+    """The way back from `_flat_rows`."""
+    shape = ops.shape(x)
+    return ops.reshape(x, (*shape[:axis], *lengths, *shape[axis + 1 :]))
 
 
 def row_max(x: Any) -> Any:

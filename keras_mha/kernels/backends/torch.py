@@ -78,18 +78,23 @@ def stacked(tiles: _Tiles, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(*lead, width, rows), (*lead, width, columns) -> (*lead, rows, columns)`."""
-    return torch.matmul(x.mT, y)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    products = torch.matmul(x.flatten(3).mT, y)
+    return products.unflatten(2, x.shape[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, columns) -> (*lead, width, rows)`."""
-    return torch.matmul(y, weights.mT)
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    sums = torch.matmul(y, weights.flatten(2, 3).mT)
+    return sums.unflatten(3, weights.shape[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(*lead, rows, columns), (*lead, width, rows) -> (*lead, width, columns)`."""
-    return torch.matmul(x, weights)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return torch.matmul(x.flatten(3), weights.flatten(2, 3))
 
 
 def row_max(x: Any) -> Any:
