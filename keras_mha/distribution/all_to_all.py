@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec
 from keras import ops
 
 from keras_mha._keras import Tensor
-from keras_mha.distribution.parts import BiasOfPart, Part, mask_of_part
+from keras_mha.distribution.parts import BiasOfPart, Part, leaf_of_part, with_leaves
 from keras_mha.distribution.shards import Shards, specs_of_mask
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.dropout import DrawnSeed, OfPart, seed_pair
 from keras_mha.kernels.parts import join_tensors, split_tensors
+from keras_mha.masks import Dense
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,16 @@ def _attend(program: _Program, tensors: dict[str, Any]) -> Attended:
         heads=heads,
     )
     mask = join_tensors(program.mask, tensors["mask"])
+
+    def of_part(leaf):
+        return leaf if type(leaf) is Dense else leaf_of_part(leaf, part)
+
     position_bias = join_tensors(program.position_bias, tensors["position_bias"])
     call = AttentionCall(
         query,
         key,
         value,
-        mask=mask_of_part(mask, part, lambda dense: dense),
+        mask=with_leaves(mask, of_part),
         bias=tensors.get("bias"),
         position_bias=None
         if position_bias is None

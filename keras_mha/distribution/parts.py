@@ -12,7 +12,6 @@ from keras_mha.kernels.parts import split_tensors
 from keras_mha.masks import (
     And,
     Causal,
-    Dense,
     Mask,
     Not,
     Or,
@@ -115,24 +114,22 @@ def leaves(mask: Mask | None) -> list[Mask]:
     return leaves(mask.mask) if type(mask) is Not else [mask]
 
 
-def mask_of_part(mask: Mask | None, part: Part, dense: Callable) -> Mask | None:
-    """Returns a mask of a call as a device sees it.
-
-    Args:
-        mask: The mask.
-        part: The device's part.
-        dense: Makes a mask of this part of a `Dense` one.
-    """
+def with_leaves(mask: Mask | None, change: Callable[[Mask], Mask]) -> Mask | None:
+    """Returns a mask composed, as this one, of what its `leaves` are changed to."""
     if mask is None:
         return None
     if type(mask) in (And, Or):
-        sides = (mask_of_part(each, part, dense) for each in (mask.left, mask.right))
-        return type(mask)(*sides)
+        return type(mask)(
+            with_leaves(mask.left, change), with_leaves(mask.right, change)
+        )
     if type(mask) is Not:
-        return Not(mask_of_part(mask.mask, part, dense))
-    if type(mask) is Dense:
-        return dense(mask)
+        return Not(with_leaves(mask.mask, change))
+    return change(mask)
+
+
+def leaf_of_part(leaf: Mask, part: Part) -> Mask:
+    """Returns one of the `leaves` of a call's mask as a device sees it."""
     is_whole = isinstance(part.row, int) and part.row == part.column == 0
-    if is_whole and type(mask) in _OF_POSITIONS and not split_tensors(mask)[1]:
-        return mask  # as it is, kernels of the backend know it
-    return MaskOfPart(mask, tuple(part))
+    if is_whole and type(leaf) in _OF_POSITIONS and not split_tensors(leaf)[1]:
+        return leaf  # as it is, kernels of the backend know it
+    return MaskOfPart(leaf, tuple(part))

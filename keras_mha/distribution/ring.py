@@ -28,7 +28,13 @@ from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.distribution import zigzag
-from keras_mha.distribution.parts import BiasOfPart, MaskOfPart, Part, mask_of_part
+from keras_mha.distribution.parts import (
+    BiasOfPart,
+    MaskOfPart,
+    Part,
+    leaf_of_part,
+    with_leaves,
+)
 from keras_mha.distribution.ring_order import EMPTY, FULL, MIXED, Order, order_of
 from keras_mha.distribution.shards import Shards, specs_of_mask
 from keras_mha.kernels import backends, blockwise
@@ -37,7 +43,7 @@ from keras_mha.kernels.dropout import OfPart
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.problem import Problem, prepared
 from keras_mha.kernels.whole import whole
-from keras_mha.masks import Dense
+from keras_mha.masks import Dense, Mask
 
 _KEYS = ("key", "value")
 
@@ -230,7 +236,8 @@ class Device:
         self.differentiable = [x for x in problem.differentiable if x != "sink"]
         self.height = tensors["query"].shape[4] // order.chunks
         self.width = tensors["key"].shape[3] // order.chunks
-        self.mask = join_tensors(problem.mask, tensors["mask"])
+        mask = join_tensors(problem.mask, tensors["mask"])
+        self.mask = with_leaves(mask, self._dense_in_order)
         # Which axis of a tensor is that of the device's tokens.
         self.time_axes = {"query": 4, "key": 3, "value": 3}
         if "bias" in tensors and specs["bias"][3] is not None:
@@ -249,6 +256,11 @@ class Device:
         if self.order.chunks == 1:
             return x
         return zigzag.ordered(x, self.shards.time, axis)
+
+    def _dense_in_order(self, leaf: Mask) -> Mask:
+        if type(leaf) is not Dense or leaf.values.shape[-2] == 1:
+            return leaf
+        return Dense(self.in_order(leaf.values, leaf.values.ndim - 2))
 
     def in_tokens_order(self, x: Tensor, axis: int) -> Tensor:
         """The way back from `in_order`."""
@@ -379,15 +391,19 @@ class Device:
         if not pair.masked:
             return None
 
-        def dense(mask):
-            values = mask.values
-            axis = len(values.shape) - 2
-            if values.shape[axis] != 1:
+        # Of `Dense` masks the device has its own rows.
+        own = part._replace(row=0, batch=0, head=0)
+
+        def of_part(leaf):
+            if type(leaf) is not Dense:
+                return leaf_of_part(leaf, part)
+            values = leaf.values
+            if values.shape[-2] != 1:
+                axis = values.ndim - 2
                 values = lax.dynamic_slice_in_dim(values, pair.rows, pair.height, axis)
-            own = part._replace(row=0, batch=0, head=0)
             return MaskOfPart(Dense(values), tuple(own))
 
-        return mask_of_part(self.mask, part, dense)
+        return with_leaves(self.mask, of_part)
 
     def _groups_at_once(self) -> int | None:
         most, groups = self.problem.groups_at_once, self.given["query"].shape[1]

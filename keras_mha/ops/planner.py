@@ -53,9 +53,13 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
     """
     _checks.choice("implementation", implementation, IMPLEMENTATIONS)
     shared = sequence_plan.plan(call, implementation, _plan)
-    plan = _plan(call, implementation) if shared.kernel is None else Plan(*shared)
-    if shared.kernel is None and shared.reason is not None:
-        plan = replace(plan, reason=f"{plan.reason}; {shared.reason}")
+    if shared.kernel is not None:
+        return Plan(*shared)
+    plan = _plan(call, implementation)
+    if shared.reason is not None and shared.reason.endswith(plan.reason):
+        plan = replace(plan, reason=shared.reason)
+    elif shared.reason is not None:
+        plan = replace(plan, reason=f"{shared.reason}; {plan.reason}")
     if backends.current().splits_sequences():
         _check_parts(call, plan)
     return plan
