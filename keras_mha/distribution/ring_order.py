@@ -69,11 +69,11 @@ def _kinds(mask, rows, columns, count):
 def _order(size, chunks, kinds):
     order = Order(size, chunks, kinds, 0, size)
     work = _work(kinds, _owned(order))
-    hops = sorted({(i - j) % size for i, j in np.argwhere(work)}) or [0]
+    hops = sorted({(i - j) % size for i, j in np.argwhere(work).tolist()}) or [0]
     # All but the longest run of hops after which nobody sees anything.
     after = [*hops[1:], hops[0] + size]
     gaps = [later - hop - 1 for hop, later in zip(hops, after, strict=True)]
-    last = int(np.argmax(gaps))
+    last = max(range(len(gaps)), key=lambda n: (gaps[n], n))
     first = hops[(last + 1) % len(hops)]
     return order._replace(first=first, steps=size - gaps[last])
 

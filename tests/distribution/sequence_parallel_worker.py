@@ -73,8 +73,7 @@ CAUSAL = masks.Causal()
 DROPOUT = {"dropout": 0.3, "seed": 3}
 CASES = {
     "causal": {"mask": CAUSAL},
-    "full, other lengths": {"columns": 32},
-    "causal window, grouped": {"mask": CAUSAL & masks.SlidingWindow(9), "groups": 2},
+    "window, grouped": {"mask": CAUSAL & masks.SlidingWindow(9), "groups": 2},
     "window, segments, ALiBi": {
         "mask": masks.SlidingWindow(12) & masks.Segments(IDS),
         "position_bias": keras_mha.ALiBi(N).bias(),
@@ -85,14 +84,15 @@ CASES = {
         "gradient": {"sink": normal(N)},
         **DROPOUT,
     },
-    "bias of all": {
+    "bias of all, prefix": {
         "mask": CAUSAL | masks.Prefix(np.array([7, 40])),
         "gradient": {"bias": normal(B, N, T, T)},
         "groups": 4,
     },
     "T5, bias of keys": {
-        "gradient": {"table": TABLE, "bias": normal(T)},
+        "gradient": {"table": TABLE, "bias": normal(32)},
         "mask": ~masks.SlidingWindow(5),
+        "columns": 32,
     },
     "bias of rows, dense": {
         "gradient": {"bias": normal(1, T, 1)},
@@ -105,12 +105,26 @@ CASES = {
         **DROPOUT,
     },
     "a mask of one's own, positions": {
-        "mask": Even(jnp.array([1, 3])) & CAUSAL,
+        "mask": Even(jnp.array([1, 3])) & masks.Where(lambda i, j: (i >= j) & (i > 9)),
         "position_bias": by_ids(jnp.asarray(RNG.integers(0, 99, size=(B, T)))),
     },
-    "rows that see nothing": {"mask": masks.Where(lambda i, j: (i > 40) & (j > i))},
     "half": {"mask": CAUSAL, "dtype": "bfloat16"},
 }
+# Which mesh and method each is run with: 2 x 4 shares the batch too.
+RUNS = [
+    *(("causal", "8", "ring"), ("causal", "8", "all_to_all")),
+    ("window, grouped", "8", "ring"),
+    ("window, segments, ALiBi", "2 x 4", "ring"),
+    *itertools.product(
+        ["padding, dropout, sink, cap"], ["8", "2 x 4"], ["ring", "all_to_all"]
+    ),
+    ("bias of all, prefix", "8", "ring"),
+    *(("T5, bias of keys", "2 x 4", "ring"), ("T5, bias of keys", "8", "all_to_all")),
+    ("bias of rows, dense", "8", "ring"),
+    *(("bias of pairs, dense by head", "2 x 4", x) for x in ("ring", "all_to_all")),
+    *(("a mask of one's own, positions", "2 x 4", x) for x in ("ring", "all_to_all")),
+    ("half", "8", "ring"),
+]
 MESHES = {"8": (("seq",), (8,)), "2 x 4": (("batch", "seq"), (2, 4))}
 
 
@@ -175,14 +189,7 @@ def numbers(case, mesh, method):
 
 
 def all_numbers():
-    one, other = itertools.cycle(MESHES), itertools.cycle(reversed(MESHES))
-    for case in CASES:
-        yield f"{case}, ring", numbers(case, next(one), "ring")
-        mesh = "2 x 4" if "groups" in CASES[case] else next(other)
-        if CASES[case].get("groups", N) % 4 == 0:
-            yield f"{case}, all_to_all", numbers(case, mesh, "all_to_all")
-    for case in ("padding, dropout, sink, cap", "bias of pairs, dense by head"):
-        yield f"{case}, ring, 2 x 4", numbers(case, "2 x 4", "ring")
+    return {", ".join(run): numbers(*run) for run in RUNS}
 
 
 # ------------------------------------------------------------- beyond one gradient
@@ -190,7 +197,7 @@ def all_numbers():
 
 def steepness(query):
     def loss(query):
-        output = keras_mha.dot_product_attention(query, query, query, mask=CAUSAL)
+        output = keras_mha.dot_product_attention(query, query, query)
         return (output * jnp.cos(output)).sum()
 
     return jax.jit(jax.grad(lambda x: (jax.grad(loss)(x) ** 2).sum()))(query)
@@ -225,12 +232,12 @@ def rows_sums():
 # -------------------------------------------------------- what is sent, and memory
 
 
-def compiled(devices, method, length, mask):
+def compiled(devices, method, mask=CAUSAL):
     """Returns the program of a call's gradients on some devices."""
     distribution = parallel(method=method, devices=devices)
     mesh = distribution.device_mesh.backend_mesh
     sharding = NamedSharding(mesh, P(None, "seq"))
-    x = jax.ShapeDtypeStruct((1, length, N, H), "float32", sharding=sharding)
+    x = jax.ShapeDtypeStruct((1, 2048, N, H), "float32", sharding=sharding)
 
     def loss(query, key, value, weights):
         output = keras_mha.dot_product_attention(query, key, value, mask=mask)
@@ -242,35 +249,33 @@ def compiled(devices, method, length, mask):
 
 
 def kinds_of_traffic(program):
-    """Returns what a program sends in between devices: how often each kind is written
-    in it (a loop's body counts once)."""
+    """Returns what a program sends between devices: how often each kind is written in
+    it (a loop's body counts once)."""
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     found = re.findall(rf"= \S.* ({kinds})(?:-start)?\(", program.as_text())
     return {kind: found.count(kind) for kind in sorted(set(found))}
 
 
-def memory():
-    """Returns the bytes per device that a gradient takes beside its tensors."""
+def programs():
+    """Returns what programs send, and the bytes per device that they take beside the
+    call's tensors."""
     tiling.TILE = 128
     try:
-        return {
-            method: [
-                compiled(devices, method, 2048, CAUSAL).memory_analysis()
-                for devices in (2, 8)
-            ]
+        found = {
+            f"{method}, {devices}": compiled(devices, method)
             for method in ("ring", "all_to_all")
+            for devices in (2, 8)
         }
+        window = CAUSAL & masks.SlidingWindow(64)
+        found["ring, 8, window"] = compiled(8, "ring", window)
     finally:
         tiling.TILE = 16
-
-
-def traffic():
-    window = CAUSAL & masks.SlidingWindow(8)
     return {
-        "ring": kinds_of_traffic(compiled(8, "ring", 256, CAUSAL)),
-        "ring of a window": kinds_of_traffic(compiled(8, "ring", 256, window)),
-        "all_to_all": kinds_of_traffic(compiled(8, "all_to_all", 256, CAUSAL)),
-        "ring, 4": kinds_of_traffic(compiled(4, "ring", 256, CAUSAL)),
+        name: {
+            "traffic": kinds_of_traffic(program),
+            "memory": program.memory_analysis().temp_size_in_bytes,
+        }
+        for name, program in found.items()
     }
 
 
@@ -334,7 +339,7 @@ def heads_too(method):
 
 def models():
     _, weights, losses, expected = trained(None)
-    kinds = {"2 x 4": parallel("2 x 4"), "2 x 2 x 2": heads_too("auto")}
+    kinds = {"2 x 4": parallel("2 x 4", "ring"), "2 x 2 x 2": heads_too("auto")}
     results = {}
     for kind, distribution in kinds.items():
         model, _, shared, found = trained(distribution, weights)
@@ -453,14 +458,10 @@ def layouts_of_data():
 
 def main(only):
     parts = {
-        "numbers": lambda: dict(all_numbers()),
+        "numbers": all_numbers,
         "second order": of_second_order,
         "sums": rows_sums,
-        "memory": lambda: {
-            method: [each.temp_size_in_bytes for each in found]
-            for method, found in memory().items()
-        },
-        "traffic": traffic,
+        "programs": programs,
         "models": models,
         "plans": plans,
         "refused": refused,
