@@ -359,6 +359,71 @@ def models():
     return results
 
 
+# ------------------------------------------------------------------ layers
+
+
+def gathered(method):
+    """Returns the dtypes of what devices gather in the gradients of a layer whose
+    inputs are shared."""
+    distribution = parallel("2 x 4", method)
+    with distribution:
+        keras.utils.set_random_seed(0)
+        position = keras_mha.RotaryEmbedding()
+        layer = keras_mha.MultiHeadAttention(8, 4, position=position)
+        layer.build((None, T, 8))
+        x, valid = (
+            jax.device_put(x, distribution.get_data_layout(x.shape).backend_layout)
+            for x in (normal(4, T, 8), np.arange(T) < np.full((4, 1), 50))
+        )
+
+        def loss(weights, x, valid):
+            masks = {"query_mask": valid, "value_mask": valid, "use_causal_mask": True}
+            return (layer.stateless_call(weights, [], x, **masks)[0] ** 2).sum()
+
+        weights = [variable.value for variable in layer.trainable_variables]
+        program = jax.jit(jax.grad(loss, (0, 1))).lower(weights, x, valid).compile()
+    found = re.findall(r"= \(?(\w+)\[\S* all-gather(?:-start)?\(", program.as_text())
+    return sorted(set(found))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Block(keras.layers.Layer):
+    """Whose shapes Keras finds out by running it on placeholders of odd lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = keras_mha.MultiHeadAttention(8, 2)
+
+    def call(self, x):
+        return x + self.attention(x, use_causal_mask=True)
+
+
+def within_a_model(x):
+    inputs = keras.Input((None, 16))
+    return keras.Model(inputs, Block()(inputs)).predict(x, verbose=0)
+
+
+def with_a_cache(x):
+    position = keras_mha.RotaryEmbedding()
+    layer = keras_mha.MultiHeadAttention(8, 2, position=position)
+    cache, outputs = layer.init_cache(BATCH, T), []
+    for step in (x[:, :32], x[:, 32:33]):
+        output, cache = layer(step, cache=cache, use_causal_mask=True)
+        outputs.append(output)
+    return outputs
+
+
+def layers():
+    x, found = normal(BATCH, T, 16), {}
+    for function in (within_a_model, with_a_cache):
+        keras.utils.set_random_seed(0)
+        expected = function(x)
+        with parallel("2 x 4", "ring"):
+            keras.utils.set_random_seed(0)
+            found[function.__name__] = distance(function(x), expected)
+    return found
+
+
 # ------------------------------------------------------------------ plans and refusals
 
 
@@ -463,6 +528,8 @@ def main(only):
         "sums": rows_sums,
         "programs": programs,
         "models": models,
+        "gathered": lambda: {x: gathered(x) for x in ("ring", "all_to_all")},
+        "layers": layers,
         "plans": plans,
         "refused": refused,
         "context": context,

@@ -92,7 +92,17 @@ def test_an_archive_knows_nothing_of_devices(found, mesh):
     assert found["error without"] < 1e-5
 
 
+@pytest.mark.parametrize("call", ["within_a_model", "with_a_cache"])
+def test_calls_of_layers_are_those_of_one_device(found, call):
+    assert found["layers"][call] < 1e-5
+
+
 # -------------------------------------------------------- what is sent, and memory
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_a_layer_gathers_nothing_of_the_sequences_but_masks(found, method):
+    assert found["gathered"][method] == ["pred"]
 
 
 def test_a_ring_sends_to_neighbours_only(found):
