@@ -24,6 +24,9 @@ from keras.src.backend import get_keras_mask, set_keras_mask
 # Where Keras notes, while it writes a model, which objects several layers share.
 from keras.src.backend.common.global_state import get_global_attribute
 
+# Whether Keras runs a layer on placeholders, to find out what shapes come of it.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
 # Under which a `keras.Variable` gives its numbers in the compute dtype of a layer.
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
@@ -219,6 +222,7 @@ __all__ = [
     "draw_seed",
     "dtype_name",
     "get_keras_mask",
+    "in_symbolic_scope",
     "is_called_by_itself",
     "is_float",
     "is_in_sharing_scope",

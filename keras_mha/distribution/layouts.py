@@ -94,7 +94,7 @@ class _HeadsLayoutMap(keras.distribution.LayoutMap):
 
     def __init__(self, device_mesh: Any, axis: str):
         super().__init__(device_mesh)
-        self._axis = axis
+        self._axis = self.heads_axis = axis
         sizes = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
         self._size = sizes[axis]
         # Which heads are shared, by the layer's path: LoRA's and int8's weights come

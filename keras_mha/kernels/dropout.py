@@ -15,7 +15,7 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -34,6 +34,35 @@ class DrawnSeed:
     """What `seed_pair` returned, where it must be drawn before the call is made."""
 
     pair: Tensor
+
+
+class OfPart(NamedTuple):
+    """A seed for a part of a call, of which weights are dropped as of the whole.
+
+    Args:
+        pair: What `seed_of` returns for the call.
+        row: Of the call, with which the part's rows begin.
+        column: Of the call, with which the part's columns begin.
+        batch: Row of the batch with which the part begins.
+        head: Query head with which the part begins.
+        heads: How many query heads the part has.
+        all_heads: How many the call has.
+    """
+
+    pair: Tensor
+    row: Any
+    column: Any
+    batch: Any
+    head: Any
+    heads: Any
+    all_heads: Any
+
+    def of_call(self, head_index: Tensor, tile: Tile) -> tuple[Tensor, Tile]:
+        """Returns the place of weights in the part as that in the call."""
+        batch = head_index // self.heads + self.batch
+        head = head_index % self.heads + self.head
+        tile = tile._replace(row=tile.row + self.row, column=tile.column + self.column)
+        return ops.cast(batch * self.all_heads + head, "int32"), tile
 
 
 def seed_pair(seed: Any) -> Tensor:
@@ -65,11 +94,11 @@ def seed_of(call: AttentionCall) -> Tensor:
     return ops.stack([pair[0] + first_head * _HEAD, pair[1]])
 
 
-def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
+def kept(seed: Tensor | OfPart, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
     """Says which weights of a tile to keep.
 
     Args:
-        seed: Two int32, from `seed_of`.
+        seed: Two int32, from `seed_of`, or an `OfPart`.
         rate: Share of the weights to drop, less than 1.
         head_index: int32, shape `(..., 1, 1)`: batch row times heads plus head.
         tile: The rows and columns.
@@ -79,6 +108,9 @@ def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
         kept with a probability of `1 - rate`, to within 2^-31.
     """
     backend = backends.current()
+    if isinstance(seed, OfPart):
+        head_index, tile = seed.of_call(head_index, tile)
+        seed = seed.pair
     row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
     row = _mixed(row + tile.row_indices * _ROW)
     step = _mixed(row + _STEP) * 2 + 1

@@ -184,8 +184,9 @@ def plan_attention(
         implementation: As there.
 
     Returns:
-        A plan with `implementation` (`"fused"`, `"blockwise"` or `"reference"`) and
-        `reason`, strings both.
+        A plan with `implementation` (`"fused"`, `"blockwise"` or `"reference"`, and
+        under a `keras_mha.distribution.SequenceParallel` also `"ring"` or
+        `"all_to_all"`) and `reason`, strings both.
 
     Raises:
         TypeError: As `dot_product_attention` does.

@@ -1,10 +1,11 @@
 """Chooses the kernel for a call, and says why."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from keras_mha import _checks
+from keras_mha.distribution import sequence_plan
 from keras_mha.kernels import backends, blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.problem import undivided
@@ -21,7 +22,8 @@ class Plan:
     """Which implementation a call takes, and why.
 
     Args:
-        implementation: `"fused"`, `"blockwise"` or `"reference"`.
+        implementation: `"fused"`, `"blockwise"` or `"reference"`; under a
+            `keras_mha.distribution.SequenceParallel` also `"ring"` or `"all_to_all"`.
         reason: One clause of English.
         kernel: The function that runs the call.
     """
@@ -46,10 +48,18 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
 
     Raises:
         ValueError: If the implementation asked for cannot run this call, or none can
-            where each process has a part of the sequences.
+            where each process has a part of the sequences, or devices cannot share the
+            sequences evenly.
     """
     _checks.choice("implementation", implementation, IMPLEMENTATIONS)
+    shared = sequence_plan.plan(call, implementation, _plan)
+    if shared.kernel is not None:
+        return Plan(*shared)
     plan = _plan(call, implementation)
+    if shared.reason is not None and shared.reason.endswith(plan.reason):
+        plan = replace(plan, reason=shared.reason)
+    elif shared.reason is not None:
+        plan = replace(plan, reason=f"{shared.reason}; {plan.reason}")
     if backends.current().splits_sequences():
         _check_parts(call, plan)
     return plan
