@@ -141,9 +141,12 @@ def splits_sequences() -> bool:
 
 
 def shard_index(*tensors: Any) -> Any:
-    """Returns the number of this device among those that these tensors vary over, or
-    `None` where nothing says that they vary."""
-    return None  # as types of JAX do
+    """Returns the number of this device among those that share the batch under one of
+    TensorFlow's strategies, or `None` where there is one."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return None
+    return tf.cast(replica.replica_id_in_sync_group, "int32")
 
 
 def devices_along(x: Any, axis: int) -> int:
