@@ -17,8 +17,11 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "tensorflow"
 
+import keras
 import numpy as np
 import tensorflow as tf
+
+import keras_mha
 
 B, T, EPOCHS, STEPS, CLASSES = 8, 12, 2, 2, 5
 
@@ -32,10 +35,6 @@ CASES = {
 
 def made(options, length):
     """A model that reads tokens, 0 for padding, and optimizes one number for each."""
-    import keras
-
-    import keras_mha
-
     position = keras_mha.RelativePositionBias()
     layer = keras_mha.MultiHeadAttention(
         4, 4, num_key_value_heads=2, position=position, seed=3, **options
@@ -60,8 +59,6 @@ def data(length):
 
 def trained(case, strategy):
     """Returns what training by Keras's own `fit` gives."""
-    import keras
-
     _, length = CASES[case]
     x, y = data(length)
     with strategy.scope():
@@ -73,8 +70,6 @@ def trained(case, strategy):
 
 def trained_by_steps(case, strategy):
     """Returns the same where `fit` knows nothing of the strategy."""
-    import keras
-
     _, length = CASES[case]
     x, y = data(length)
     with strategy.scope():
