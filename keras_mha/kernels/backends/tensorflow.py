@@ -154,6 +154,12 @@ def devices_along(x: Any, axis: int) -> int:
     return 1  # TensorFlow's strategies copy weights
 
 
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    return False
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""
@@ -193,6 +199,11 @@ def columns_at(x: Any, index: Any) -> Any:
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return tf.convert_to_tensor(x)
+
+
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    return x  # TensorFlow's strategies know of no layouts
 
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
