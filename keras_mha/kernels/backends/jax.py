@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from keras import ops
 
@@ -150,6 +151,13 @@ def devices_along(x: Any, axis: int) -> int:
     return 1  # a program is of the whole there
 
 
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    distribution = keras.distribution.distribution()
+    return isinstance(distribution, keras.distribution.ModelParallel)
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""
@@ -187,6 +195,16 @@ def plain(x: Any) -> Any:
     return x
 
 
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    mesh = keras.distribution.distribution().device_mesh
+    devices = dict(zip(mesh.axis_names, mesh.shape, strict=True)) | {None: 1}
+    sizes = zip(x.shape, axes, strict=True)
+    axes = [axis if size % devices[axis] == 0 else None for size, axis in sizes]
+    layout = keras.distribution.TensorLayout(axes, mesh)
+    return keras.distribution.distribute_tensor(x, layout)
+
+
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
     """Returns along one axis what `index` says; other axes of length 1 broadcast."""
     return ops.take_along_axis(x, index, axis=axis)
@@ -194,7 +212,8 @@ def take_along_axis(x: Any, index: Any, axis: int) -> Any:
 
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
-    return x.at[jnp.arange(x.shape[0]), index].set(new)
+    # Row by row, which the compiler then need not gather where devices share the batch.
+    return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
 
 
 def drawn(generator: Any, draw: Callable) -> Any:

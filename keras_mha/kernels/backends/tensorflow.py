@@ -164,14 +164,23 @@ def splits_sequences() -> bool:
 
 
 def shard_index(*tensors: Any) -> Any:
-    """Returns the number of this device among those that these tensors vary over, or
-    `None` where nothing says that they vary."""
-    return None  # as types of JAX do
+    """Returns the number of this device among those that share the batch under one of
+    TensorFlow's strategies, or `None` where there is one."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return None
+    return tf.cast(replica.replica_id_in_sync_group, "int32")
 
 
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # TensorFlow's strategies copy weights
+
+
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    return False
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
@@ -213,6 +222,11 @@ def columns_at(x: Any, index: Any) -> Any:
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return tf.convert_to_tensor(x)
+
+
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    return x  # TensorFlow's strategies know of no layouts
 
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:

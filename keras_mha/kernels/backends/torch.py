@@ -173,6 +173,12 @@ def devices_along(x: Any, axis: int) -> int:
     )
 
 
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    return devices_along(x, 2) > 1
+
+
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
     """Returns the gradients of `sum(y * cotangent(y))` with `y = function(*tensors)`,
     `cotangent(y)` taken for constant."""
@@ -221,6 +227,11 @@ def columns_at(x: Any, index: Any) -> Any:
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return x
+
+
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    return x  # Keras distributes nothing there
 
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
