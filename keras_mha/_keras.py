@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 try:
@@ -191,6 +191,20 @@ def kernel_variable(dense: keras.layers.EinsumDense) -> keras.Variable:
     return dense._kernel
 
 
+@contextlib.contextmanager
+def standing_in(tensors: Iterable[tuple[keras.Variable, Tensor]]) -> Iterator[None]:
+    """Has variables give other tensors meanwhile, which may be of other shapes."""
+    tensors = list(tensors)
+    kept = [(variable, variable._value, variable._shape) for variable, _ in tensors]
+    try:
+        for variable, tensor in tensors:
+            variable._value, variable._shape = tensor, tuple(tensor.shape)
+        yield
+    finally:
+        for variable, value, shape in kept:
+            variable._value, variable._shape = value, shape
+
+
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers in it that Keras knows of."""
     return layer._flatten_layers()
@@ -231,6 +245,7 @@ __all__ = [
     "parts_not_rematerialized",
     "set_keras_mask",
     "smaller",
+    "standing_in",
     "to_tensor",
     "told_as_it_is",
     "without_autocast",

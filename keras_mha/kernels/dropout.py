@@ -14,6 +14,9 @@ References:
         https://doi.org/10.1145/2660193.2660195
 """
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +30,10 @@ from keras_mha.masks import Tile
 # Odd multipliers as int32; the first two are those of C. Wellons's "lowbias32".
 _MIX = (0x7FEB352D, 0x846CA68B - 2**32)
 _HEAD, _ROW, _STEP = 0x5BD1E995, 0x1B873593, 0x2C1B3C6D
+
+_part_of_heads: ContextVar[tuple[int, int, int] | None] = ContextVar(
+    "part_of_heads", default=None
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +61,12 @@ def seed_of(call: AttentionCall) -> Tensor:
 
     Where devices run a program of their own each, every one counts its heads from 0.
     With the pair returned they are counted on from device to device, in `kept`: each
-    drops other weights, and of a sharded batch those that one device would drop.
+    drops other weights, and of a sharded batch those that one device would drop. Within
+    `part_of_heads` three more numbers say which of all heads the call's are.
     """
     pair = seed_pair(call.seed)
+    if (part := _part_of_heads.get()) is not None:
+        return ops.concatenate([pair, ops.convert_to_tensor(part, dtype="int32")])
     shard = backends.current().shard_index(call.query, call.key)
     if shard is None:
         return pair
@@ -69,7 +79,7 @@ def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
     """Says which weights of a tile to keep.
 
     Args:
-        seed: Two int32, from `seed_of`.
+        seed: int32, from `seed_of`.
         rate: Share of the weights to drop, less than 1.
         head_index: int32, shape `(..., 1, 1)`: batch row times heads plus head.
         tile: The rows and columns.
@@ -79,11 +89,30 @@ def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
         kept with a probability of `1 - rate`, to within 2^-31.
     """
     backend = backends.current()
+    head_index = _among_all_heads(head_index, seed)
     row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
     row = _mixed(row + tile.row_indices * _ROW)
     step = _mixed(row + _STEP) * 2 + 1
     threshold = 2 * min(round(rate * 2**31) - 2**30, 2**30 - 1)
     return backend.at_least(_mixed((tile.column_indices + row) * step), threshold)
+
+
+@contextlib.contextmanager
+def part_of_heads(first: int, count: int, total: int) -> Iterator[None]:
+    """Says that calls are of so many heads of a layer, from the first on: they then
+    drop what a call of all its heads would."""
+    token = _part_of_heads.set((first, count, total))
+    try:
+        yield
+    finally:
+        _part_of_heads.reset(token)
+
+
+def _among_all_heads(head_index: Tensor, seed: Tensor) -> Tensor:
+    if seed.shape[0] == 2:
+        return head_index
+    first, count, total = seed[2], seed[3], seed[4]
+    return head_index // count * total + first + head_index % count
 
 
 def _mixed(x: Tensor) -> Tensor:
