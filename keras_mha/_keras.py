@@ -194,15 +194,48 @@ def kernel_variable(dense: keras.layers.EinsumDense) -> keras.Variable:
 @contextlib.contextmanager
 def standing_in(tensors: Iterable[tuple[keras.Variable, Tensor]]) -> Iterator[None]:
     """Has variables give other tensors meanwhile, which may be of other shapes."""
-    tensors = list(tensors)
-    kept = [(variable, variable._value, variable._shape) for variable, _ in tensors]
+    names, kept = ("_value", "_shape"), []
     try:
         for variable, tensor in tensors:
-            variable._value, variable._shape = tensor, tuple(tensor.shape)
+            held = vars(variable)
+            kept.append((held, {name: held[name] for name in names if name in held}))
+            held.update(_value=tensor, _shape=tuple(tensor.shape))
         yield
     finally:
-        for variable, value, shape in kept:
-            variable._value, variable._shape = value, shape
+        for held, before in kept:
+            for name in names:
+                held.pop(name)
+            held.update(before)
+
+
+def give_registered(variable: keras.Variable, module: Any, name: str) -> None:
+    """Has a variable give what a module of torch's has for a parameter, whatever that
+    is at the time."""
+    kind = type(variable)
+    if not issubclass(kind, _Registered):
+        kind = type(kind.__name__, (_Registered, kind), {})
+    variable.__class__ = kind
+    variable._registered_in = module._parameters, name
+    del variable._value
+
+
+def is_registered(variable: keras.Variable) -> bool:
+    """Whether a variable gives a module's parameter, by `give_registered`."""
+    return isinstance(variable, _Registered)
+
+
+class _Registered:
+    """A variable whose value is a module's parameter, which others replace."""
+
+    class _Value:
+        # No `__set__`: a variable may hold another value, as in `standing_in`.
+        def __get__(self, variable, kind=None):
+            if variable is None:
+                return self
+            parameters, name = variable._registered_in
+            return parameters[name]
+
+    _value = _Value()
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -233,10 +266,12 @@ __all__ = [
     "draw_seed",
     "dtype_name",
     "get_keras_mask",
+    "give_registered",
     "is_called_by_itself",
     "is_float",
     "is_in_sharing_scope",
     "is_integer",
+    "is_registered",
     "is_symbolic",
     "kernel_variable",
     "larger",

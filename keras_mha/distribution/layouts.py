@@ -7,6 +7,7 @@ import keras
 from keras_mha.distribution.heads import KEY_HEADS, QUERY_HEADS, axes_of
 from keras_mha.layers import building
 
+
 def layout_map(
     device_mesh: keras.distribution.DeviceMesh,
     model_axis: str = "model",

@@ -1,13 +1,30 @@
 """Models of PyTorch with Keras layers in them: their variables and parameters."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import torch
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from keras_mha._keras import all_layers
+from keras_mha._keras import all_layers, standing_in
+
+
+def check_module(name: str, module: Any) -> None:
+    """Raises unless a module has Keras layers, and all have their weights."""
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(
+            f"`{name}` must be a Keras layer or model, or a torch.nn.Module with such "
+            f"in it. Received: {name}={module!r} (of type {type(module).__name__})"
+        )
+    for layer in layers_in(module):
+        if not layer.built:
+            raise ValueError(
+                f"`{name}` must have its weights: build it, or call it once, before. "
+                f"Received: the layer {layer.name!r}, which is not built"
+            )
 
 
 def layers_in(model: torch.nn.Module) -> Iterator[keras.layers.Layer]:
@@ -32,8 +49,7 @@ def variables_in(model: torch.nn.Module) -> Iterator[keras.Variable]:
 
 
 def take_from_first(model: torch.nn.Module, mesh: Any) -> None:
-    """Gives all processes the weights, buffers and seeds of the first one, but for
-    DTensors, which say where they come from."""
+    """Gives all processes the weights, buffers and seeds of the first one."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [variable._value for variable in variables_in(model)]
     for tensor in {id(x): x for x in tensors}.values():
@@ -44,6 +60,37 @@ def take_from_first(model: torch.nn.Module, mesh: Any) -> None:
 
 
 def track_again(model: torch.nn.Module) -> None:
-    """Has torch know the parameters that the variables now have."""
+    """Has torch know the parameters that the variables give now, where it has not
+    taken them over."""
+    managed = set()
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            managed.update(map(id, module.modules()))
     for layer in layers_in(model):
-        layer._track_variables()
+        if id(layer) not in managed:
+            layer._track_variables()
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Has variables give whole, plain tensors, which are shared out again at the end,
+    and each process compute all heads."""
+    layers = list(layers_in(model))
+    for module in {id(x): x for x in (*model.modules(), *layers)}.values():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # else some are whole already, and not what is trained
+    shared = [x for x in variables_in(model) if isinstance(x._value, DTensor)]
+    parts = [x._value for x in shared]
+    whole = [x.full_tensor().detach().clone() for x in parts]
+    shares = [(x, x._share) for x in layers if getattr(x, "_share", None)]
+    try:
+        for layer, _ in shares:
+            layer._share = None
+        with standing_in(zip(shared, whole, strict=True)):
+            yield
+    finally:
+        for layer, share in shares:
+            layer._share = share
+    with torch.no_grad():
+        for part, x in zip(parts, whole, strict=True):
+            part.copy_(distribute_tensor(x, part.device_mesh, part.placements))

@@ -213,11 +213,6 @@ def check(layer: Any, mesh: Any) -> None:
             "`model` must not be parallel already. Received: the layer "
             f"{layer.path!r}, whose heads are shared"
         )
-    if not layer.built:
-        raise ValueError(
-            "`model` must have its weights: build it, or call it once, before "
-            f"`parallelize`. Received: the layer {layer.name!r}, which is not built"
-        )
     if layer.num_heads % size:
         raise ValueError(
             f"`num_heads` must be a multiple of the {size} processes along the mesh's "
