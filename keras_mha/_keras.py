@@ -21,7 +21,8 @@ except ModuleNotFoundError as error:
 # its own, which only these two reach.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
-# Where Keras notes, while it writes a model, which objects several layers share.
+# Where Keras notes which objects several layers share, while it writes a model, and
+# which layer's call runs.
 from keras.src.backend.common.global_state import get_global_attribute
 
 # Under which a `keras.Variable` gives its numbers in the compute dtype of a layer.
@@ -208,34 +209,24 @@ def standing_in(tensors: Iterable[tuple[keras.Variable, Tensor]]) -> Iterator[No
             held.update(before)
 
 
-def give_registered(variable: keras.Variable, module: Any, name: str) -> None:
-    """Has a variable give what a module of torch's has for a parameter, whatever that
-    is at the time."""
-    kind = type(variable)
-    if not issubclass(kind, _Registered):
-        kind = type(kind.__name__, (_Registered, kind), {})
-    variable.__class__ = kind
-    variable._registered_in = module._parameters, name
-    del variable._value
+def held_value(variable: keras.Variable) -> Tensor:
+    """Returns the tensor that a variable holds, not cast to any compute dtype."""
+    return variable._value
 
 
-def is_registered(variable: keras.Variable) -> bool:
-    """Whether a variable gives a module's parameter, by `give_registered`."""
-    return isinstance(variable, _Registered)
+def hold_value(variable: keras.Variable, value: Tensor) -> None:
+    """Has a variable hold another tensor than it was made with."""
+    variable._value = value
 
 
-class _Registered:
-    """A variable whose value is a module's parameter, which others replace."""
+def track_variables(layer: keras.layers.Layer) -> None:
+    """Has torch take what a layer's variables hold for the layer's parameters."""
+    layer._track_variables()
 
-    class _Value:
-        # No `__set__`: a variable may hold another value, as in `standing_in`.
-        def __get__(self, variable, kind=None):
-            if variable is None:
-                return self
-            parameters, name = variable._registered_in
-            return parameters[name]
 
-    _value = _Value()
+def entry_layer() -> keras.layers.Layer | None:
+    """Returns the outermost layer whose call runs now."""
+    return getattr(get_global_attribute("current_call_ctx"), "entry_layer", None)
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -265,13 +256,14 @@ __all__ = [
     "convert_no_inputs",
     "draw_seed",
     "dtype_name",
+    "entry_layer",
     "get_keras_mask",
-    "give_registered",
+    "held_value",
+    "hold_value",
     "is_called_by_itself",
     "is_float",
     "is_in_sharing_scope",
     "is_integer",
-    "is_registered",
     "is_symbolic",
     "kernel_variable",
     "larger",
@@ -283,5 +275,6 @@ __all__ = [
     "standing_in",
     "to_tensor",
     "told_as_it_is",
+    "track_variables",
     "without_autocast",
 ]

@@ -72,6 +72,7 @@ def parallelize(model: Any, device_mesh: Any, model_axis: str | None = None) -> 
     for layer in layers:
         layer._share = torch_share.Share(layer, mesh)
     torch_models.track_again(model)
+    torch_models.refuse_fit(model)
     return model
 
 

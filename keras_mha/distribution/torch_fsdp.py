@@ -6,25 +6,28 @@ import keras
 import torch
 from torch.distributed import fsdp
 
-from keras_mha._keras import give_registered, is_float, is_registered
-from keras_mha.distribution.torch_models import track_again, variables_in
+from keras_mha._keras import held_value, is_float
+from keras_mha.distribution.torch_models import refuse_fit, track_again, variables_in
+from keras_mha.distribution.torch_variables import follow
 
 
 def fully_shard(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
     """Calls torch's function, and has variables give the parameters that it makes."""
-    done = {id(x): x for x in variables_in(module) if is_registered(x)}
+    done = {
+        id(x): x for x in variables_in(module) if getattr(x, "follows_a_module", False)
+    }
     track_again(module)
     new = [x for x in variables_in(module) if id(x) not in done and is_float(x)]
     places = _places(module)
-    missing = [x.path for x in new if id(x._value) not in places]
+    missing = [x.path for x in new if id(held_value(x)) not in places]
     if missing:
         raise ValueError(
             "`module` must have its layers' weights among its `parameters()`. "
             f"Received: a {type(module).__name__} without {missing}"
         )
-    found = [(variable, *places[id(variable._value)]) for variable in new]
-    ignored = {x._value for x in variables_in(module) if not is_float(x)}
-    ignored |= {x._value for x in done.values()}
+    found = [(variable, *places[id(held_value(variable))]) for variable in new]
+    ignored = {held_value(x) for x in variables_in(module) if not is_float(x)}
+    ignored |= {held_value(x) for x in done.values()}
     ignored |= options.get("ignored_params") or set()
     options = {**options, "ignored_params": ignored}
     if isinstance(module, keras.layers.Layer):
@@ -33,8 +36,9 @@ def fully_shard(module: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Mo
         options.setdefault("reshard_after_forward", True)
     fsdp.fully_shard(module, **options)
     for variable, holder, name in found:
-        give_registered(variable, holder, name)
+        follow(variable, holder, name)
     track_again(module)
+    refuse_fit(module)
     return module
 
 

@@ -21,9 +21,16 @@ from torch.distributed.tensor import (
     distribute_tensor,
 )
 
-from keras_mha._keras import Tensor, all_layers, is_float, standing_in
+from keras_mha._keras import (
+    Tensor,
+    all_layers,
+    held_value,
+    is_float,
+    standing_in,
+)
 from keras_mha.distribution.heads import KEY_HEADS, QUERY_HEADS, axes_of
 from keras_mha.distribution.own_heads import BiasOf, Heads, mask_of
+from keras_mha.distribution.torch_variables import share
 from keras_mha.kernels.dropout import part_of_heads
 from keras_mha.layers import recording
 from keras_mha.layers.arguments import Call
@@ -85,11 +92,11 @@ class Share:
 
     def _distribute(self, weight):
         variable = weight.variable
-        if isinstance(variable._value, DTensor):  # of a position that layers share
+        if isinstance(held_value(variable), DTensor):  # of a position that layers share
             return
         placement = self._placement(weight.axes)
-        value = distribute_tensor(variable._value.detach(), self._mesh, [placement])
-        variable._value = torch.nn.Parameter(value, requires_grad=variable.trainable)
+        value = held_value(variable).detach()
+        share(variable, distribute_tensor(value, self._mesh, [placement]))
 
     def _placement(self, axes):
         for axis, heads in enumerate(axes):
@@ -125,7 +132,7 @@ class Share:
                 position.num_heads = kept
 
     def _own(self, weight):
-        value = weight.variable._value
+        value = held_value(weight.variable)
         if not value.placements[0].is_replicate():
             return value.to_local()
         value = self._enter(value.to_local())

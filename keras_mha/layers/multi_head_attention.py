@@ -14,6 +14,7 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     convert_no_inputs,
+    kernel_variable,
     parts_not_rematerialized,
     set_keras_mask,
     told_as_it_is,
@@ -439,6 +440,7 @@ class MultiHeadAttention(keras.layers.Layer):
             cache,
         )
         call.read(self).fill(self.compute_dtype)
+        input_checks.check_weights_are_trained(self, kernel_variable(self.query_dense))
         # An activity regularizer sees all tokens.
         good = clean(call, keep_finite=self._activity_regularizer is not None)
         compute = self._share or self._compute
