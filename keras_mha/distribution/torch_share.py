@@ -31,7 +31,7 @@ from keras_mha._keras import (
 from keras_mha.distribution.heads import KEY_HEADS, QUERY_HEADS, axes_of
 from keras_mha.distribution.own_heads import BiasOf, Heads, mask_of
 from keras_mha.distribution.torch_variables import share
-from keras_mha.kernels.dropout import part_of_heads
+from keras_mha.kernels.dropout import SeedOfHeads
 from keras_mha.layers import recording
 from keras_mha.layers.arguments import Call
 from keras_mha.layers.mixed_rotary import MixedRotaryEmbedding
@@ -78,7 +78,7 @@ class Share:
         _check_call(self._layer, call)
         self._check_weights()
         own = self._entered(call)
-        with self._own_weights(), part_of_heads(*self._heads):
+        with self._own_weights():
             operands = operands_of(self._layer, own)
             bias = operands.position_bias
             if bias is not None and not _has_table(self._layer.position):
@@ -87,6 +87,10 @@ class Share:
         if scores is not None:
             scores = self._joined(scores, Shard(1))
         return self._joined(output, Partial()), scores, mask, cache
+
+    def seed(self, seed: Any) -> SeedOfHeads:
+        """Returns a seed of the layer's for this process's heads."""
+        return SeedOfHeads(seed, *self._heads)
 
     # ------------------------------------------------------------------ weights
 

@@ -14,9 +14,6 @@ References:
         https://doi.org/10.1145/2660193.2660195
 """
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +28,6 @@ from keras_mha.masks import Tile
 _MIX = (0x7FEB352D, 0x846CA68B - 2**32)
 _HEAD, _ROW, _STEP = 0x5BD1E995, 0x1B873593, 0x2C1B3C6D
 
-_part_of_heads: ContextVar[tuple[int, int, int] | None] = ContextVar(
-    "part_of_heads", default=None
-)
-
 
 @dataclass(frozen=True, eq=False)
 class DrawnSeed:
@@ -43,14 +36,36 @@ class DrawnSeed:
     pair: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class SeedOfHeads:
+    """A seed for some of a layer's heads: they drop what they do among all of them.
+
+    Args:
+        seed: Of the layer.
+        first: The first of the heads.
+        count: How many they are, from this one on.
+        total: How many the layer has.
+    """
+
+    seed: Any
+    first: int
+    count: int
+    total: int
+
+
 def seed_pair(seed: Any) -> Tensor:
     """Returns two int32 for one call of attention; a generator goes on to its next.
+
+    For some of a layer's heads three more say which they are, for `kept`.
 
     Where a gradient computes the call again (gradient checkpointing), they are those of
     the first time: output and gradient must belong to the same weights dropped.
     """
     if isinstance(seed, DrawnSeed):
         return seed.pair
+    if isinstance(seed, SeedOfHeads):
+        heads = ops.convert_to_tensor((seed.first, seed.count, seed.total), "int32")
+        return ops.concatenate([seed_pair(seed.seed), heads])
     if isinstance(seed, int):
         return ops.cast(draw_seed(seed), "int32")
     return ops.cast(backends.current().drawn(seed, draw_seed), "int32")
@@ -61,12 +76,9 @@ def seed_of(call: AttentionCall) -> Tensor:
 
     Where devices run a program of their own each, every one counts its heads from 0.
     With the pair returned they are counted on from device to device, in `kept`: each
-    drops other weights, and of a sharded batch those that one device would drop. Within
-    `part_of_heads` three more numbers say which of all heads the call's are.
+    drops other weights, and of a sharded batch those that one device would drop.
     """
     pair = seed_pair(call.seed)
-    if (part := _part_of_heads.get()) is not None:
-        return ops.concatenate([pair, ops.convert_to_tensor(part, dtype="int32")])
     shard = backends.current().shard_index(call.query, call.key)
     if shard is None:
         return pair
@@ -95,17 +107,6 @@ def kept(seed: Tensor, rate: float, head_index: Tensor, tile: Tile) -> Tensor:
     step = _mixed(row + _STEP) * 2 + 1
     threshold = 2 * min(round(rate * 2**31) - 2**30, 2**30 - 1)
     return backend.at_least(_mixed((tile.column_indices + row) * step), threshold)
-
-
-@contextlib.contextmanager
-def part_of_heads(first: int, count: int, total: int) -> Iterator[None]:
-    """Says that calls are of so many heads of a layer, from the first on: they then
-    drop what a call of all its heads would."""
-    token = _part_of_heads.set((first, count, total))
-    try:
-        yield
-    finally:
-        _part_of_heads.reset(token)
 
 
 def _among_all_heads(head_index: Tensor, seed: Tensor) -> Tensor:
