@@ -100,3 +100,9 @@ def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
         new: Shape `(B, ...)`.
     """
     return backends.current().with_one_replaced(x, index, new)
+
+
+def are_taken_over(*layers: Any) -> bool:
+    """Whether the weights of one of these layers are what `fully_shard` of torch's has
+    put in the place of those that it was made with."""
+    return backends.current().are_taken_over(*layers)

@@ -146,6 +146,11 @@ def splits_sequences() -> bool:
     return False  # that is written out there, and the compiler sees to it
 
 
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    return False  # on PyTorch some can be
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # a program is of the whole there

@@ -172,6 +172,11 @@ def shard_index(*tensors: Any) -> Any:
     return tf.cast(replica.replica_id_in_sync_group, "int32")
 
 
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    return False  # on PyTorch some can be
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # TensorFlow's strategies copy weights

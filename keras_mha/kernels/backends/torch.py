@@ -162,6 +162,12 @@ def shard_index(*tensors: Any) -> Any:
     return None  # as types of JAX do
 
 
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    # So torch notes it for its compiler.
+    return any(getattr(x, "_is_fsdp_managed_module", False) for x in layers)
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     if not isinstance(x, torch.Tensor) or not hasattr(x, "placements"):
