@@ -1,4 +1,4 @@
-"""What torch's processes cannot share of a layer: said by name."""
+"""What torch's processes share of a layer's heads; what they cannot: said by name."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def test_one_key_head_cannot_be_shared_by_two_devices(mesh):
 
 def test_weights_that_are_whole_are_on_one_device():
     assert backends.current().devices_along(to_tensor(np.zeros((3, 2))), 1) == 1
+
+
+@only_torch
+def test_heads_that_devices_share_are_known(mesh):
+    """A step of decoding then does not read them all in one product."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    key = to_tensor(np.zeros((2, 5, 4, 3)))
+    assert not backends.current().may_share_heads(key)
+    for placement, may_share in ((Shard(2), True), (Replicate(), False)):
+        sharded = distribute_tensor(key, mesh, [placement])
+        assert backends.current().may_share_heads(sharded) == may_share
 
 
 class TestParallelize:
