@@ -138,6 +138,9 @@ def on_cpu(x: Any) -> bool:
 
 def device_count() -> int:
     """Returns how many devices a program may be written for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names and set(mesh.axis_names) == set(mesh.manual_axes):
+        return 1  # within `jax.shard_map` each runs its own
     return jax.device_count()
 
 
