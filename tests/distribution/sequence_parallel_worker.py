@@ -362,10 +362,9 @@ def models():
 # ------------------------------------------------------------------ layers
 
 
-def gathered(method):
+def gathered(distribution):
     """Returns the dtypes of what devices gather in the gradients of a layer whose
     inputs are shared."""
-    distribution = parallel("2 x 4", method)
     with distribution:
         keras.utils.set_random_seed(0)
         position = keras_mha.RotaryEmbedding()
@@ -528,7 +527,12 @@ def main(only):
         "sums": rows_sums,
         "programs": programs,
         "models": models,
-        "gathered": lambda: {x: gathered(x) for x in ("ring", "all_to_all")},
+        "gathered": lambda: {
+            "ring": gathered(parallel("2 x 4", "ring")),
+            "all_to_all": gathered(parallel("2 x 4", "all_to_all")),
+            "ring and heads": gathered(heads_too("ring")),
+            "all_to_all and heads": gathered(heads_too("all_to_all")),
+        },
         "layers": layers,
         "plans": plans,
         "refused": refused,
