@@ -100,9 +100,10 @@ def test_calls_of_layers_are_those_of_one_device(found, call):
 # -------------------------------------------------------- what is sent, and memory
 
 
+@pytest.mark.parametrize("heads", ["", " and heads"])
 @pytest.mark.parametrize("method", ["ring", "all_to_all"])
-def test_a_layer_gathers_nothing_of_the_sequences_but_masks(found, method):
-    assert found["gathered"][method] == ["pred"]
+def test_a_layer_gathers_nothing_of_the_sequences_but_masks(found, method, heads):
+    assert found["gathered"][method + heads] == ["pred"]
 
 
 def test_a_ring_sends_to_neighbours_only(found):
@@ -255,6 +256,10 @@ def test_data_is_shared_where_it_divides(found):
 def test_wrong_use_says_what_to_do(found, use, parts):
     for part in parts:
         assert part in found["refused"][use]
+
+
+def test_lengths_of_placeholders_are_not_looked_at(found):
+    assert found["refused"]["placeholders"] == "nothing"
 
 
 def test_other_backends_are_refused_by_name():
