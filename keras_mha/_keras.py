@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 try:
@@ -21,7 +21,8 @@ except ModuleNotFoundError as error:
 # its own, which only these two reach.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
-# Where Keras notes, while it writes a model, which objects several layers share.
+# Where Keras notes which objects several layers share, while it writes a model, and
+# which layer's call runs.
 from keras.src.backend.common.global_state import get_global_attribute
 
 # Whether Keras runs a layer on placeholders, to find out what shapes come of it.
@@ -194,6 +195,43 @@ def kernel_variable(dense: keras.layers.EinsumDense) -> keras.Variable:
     return dense._kernel
 
 
+@contextlib.contextmanager
+def standing_in(tensors: Iterable[tuple[keras.Variable, Tensor]]) -> Iterator[None]:
+    """Has variables give other tensors meanwhile, which may be of other shapes."""
+    names, kept = ("_value", "_shape"), []
+    try:
+        for variable, tensor in tensors:
+            held = vars(variable)
+            kept.append((held, {name: held[name] for name in names if name in held}))
+            held.update(_value=tensor, _shape=tuple(tensor.shape))
+        yield
+    finally:
+        for held, before in kept:
+            for name in names:
+                held.pop(name)
+            held.update(before)
+
+
+def held_value(variable: keras.Variable) -> Tensor:
+    """Returns the tensor that a variable holds, not cast to any compute dtype."""
+    return variable._value
+
+
+def hold_value(variable: keras.Variable, value: Tensor) -> None:
+    """Has a variable hold another tensor than it was made with."""
+    variable._value = value
+
+
+def track_variables(layer: keras.layers.Layer) -> None:
+    """Has torch take what a layer's variables hold for the layer's parameters."""
+    layer._track_variables()
+
+
+def entry_layer() -> keras.layers.Layer | None:
+    """Returns the outermost layer whose call runs now."""
+    return getattr(get_global_attribute("current_call_ctx"), "entry_layer", None)
+
+
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
     """Returns a layer and all layers in it that Keras knows of."""
     return layer._flatten_layers()
@@ -221,7 +259,10 @@ __all__ = [
     "convert_no_inputs",
     "draw_seed",
     "dtype_name",
+    "entry_layer",
     "get_keras_mask",
+    "held_value",
+    "hold_value",
     "in_symbolic_scope",
     "is_called_by_itself",
     "is_float",
@@ -235,7 +276,9 @@ __all__ = [
     "parts_not_rematerialized",
     "set_keras_mask",
     "smaller",
+    "standing_in",
     "to_tensor",
     "told_as_it_is",
+    "track_variables",
     "without_autocast",
 ]

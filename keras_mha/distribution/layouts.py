@@ -1,29 +1,11 @@
 """Which device has which heads, for `keras.distribution`."""
 
-import re
 from typing import Any
 
 import keras
 
+from keras_mha.distribution.heads import KEY_HEADS, QUERY_HEADS, axes_of
 from keras_mha.layers import building
-
-# How a layer's weights are shared, by their paths within it, first match first: along
-# the axis with the query heads or that with the key heads. The axes behind are whole.
-# All other weights are whole on each device: norms' scales and output biases, which all
-# heads share, talking heads' matrices, which mix them, and int8's scales.
-_QUERY_HEADS, _KEY_HEADS = "query heads", "key heads"
-_KERNEL = "(kernel|lora_kernel_a)"
-_AXES = {
-    f"(query|gate)/{_KERNEL}": (None, _QUERY_HEADS),
-    "(query|gate)/bias": (_QUERY_HEADS,),
-    f"(key|value)/{_KERNEL}": (None, _KEY_HEADS),
-    "(key|value)/bias": (_KEY_HEADS,),
-    f"attention_output/{_KERNEL}": (_QUERY_HEADS,),
-    "sink": (_QUERY_HEADS,),
-    "memory_(key|value)": (None, _KEY_HEADS),
-    "table": (None, _QUERY_HEADS),  # of a position: T5's and Swin's
-    "frequencies": (None, _KEY_HEADS),  # RoPE-Mixed's
-}
 
 
 def layout_map(
@@ -118,8 +100,8 @@ class _HeadsLayoutMap(keras.distribution.LayoutMap):
             )
         # A position has one kind of heads: those of queries, or of keys.
         heads = {
-            _QUERY_HEADS: layer.num_heads,
-            _KEY_HEADS: key_heads or layer.num_heads,
+            QUERY_HEADS: layer.num_heads,
+            KEY_HEADS: key_heads or layer.num_heads,
         }
         self._shared[layer.path] = tuple(
             kind for kind, count in heads.items() if count % self._size == 0
@@ -130,16 +112,9 @@ class _HeadsLayoutMap(keras.distribution.LayoutMap):
         for end in range(len(parts) - 1, 0, -1):
             shared = self._shared.get("/".join(parts[:end]))
             if shared is not None:
-                kinds = _axes("/".join(parts[end:])) or ()
+                kinds = axes_of("/".join(parts[end:])) or ()
                 axes = [self._axis if kind in shared else None for kind in kinds]
                 if not any(axes):
                     return None
                 return keras.distribution.TensorLayout(axes, self.device_mesh)
         return None
-
-
-def _axes(path: str) -> tuple[str | None, ...] | None:
-    for pattern, axes in _AXES.items():
-        if re.fullmatch(pattern, path):
-            return axes
-    return None

@@ -24,7 +24,7 @@ from keras_mha.distribution.ring_order import EMPTY, FULL, MIXED, Order
 from keras_mha.distribution.shards import Shards, specs_of_mask
 from keras_mha.kernels.dropout import OfPart
 from keras_mha.kernels.parts import join_tensors, split_tensors
-from keras_mha.kernels.problem import Problem
+from keras_mha.kernels.problem import Problem, groups_at_once
 from keras_mha.masks import Dense, Mask
 
 KEYS = ("key", "value")  # what goes around
@@ -217,7 +217,7 @@ class Device:
         if "bias" in self.tensors:
             bias = _cut(self.tensors["bias"], self._places("bias", pair))
             tensors["bias"] = at_least_float32(bias)
-        part = self._part(pair)
+        part, groups = self._part(pair), self.given["query"].shape[1]
         if self.problem.dropout:
             heads = part.heads * self.shards.size(self.shards.heads)
             tensors["seed"] = OfPart(self.given["seed"], *part[:4], part.heads, heads)
@@ -230,7 +230,7 @@ class Device:
             position_bias=bias,
             position_tensors=tuple(held),
             differentiable=tuple(self.differentiable),
-            groups_at_once=self._groups_at_once(),
+            groups_at_once=groups_at_once(tensors["query"], part.heads, groups),
         )
         return problem, tensors
 
@@ -272,12 +272,6 @@ class Device:
             return MaskOfPart(Dense(values), tuple(own))
 
         return with_leaves(self.mask, of_part)
-
-    def _groups_at_once(self) -> int | None:
-        most, groups = self.problem.groups_at_once, self.given["query"].shape[1]
-        if most is None:
-            return None
-        return max(n for n in range(1, most + 1) if groups % n == 0)
 
     def sink(self, dtype: Any) -> Tensor:
         """Returns the sinks, shaped for the logarithms of rows' sums."""

@@ -121,7 +121,7 @@ def _forward(problem, tensors):
 
 
 def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
-    """Returns the output `(heads, V, G * rows)` and lse `(heads, 1, G * rows)`."""
+    """Returns the output `(*lead, V, G, rows)` and lse `(*lead, 1, G, rows)`."""
     walk, tensors = scores.walk, scores.tensors
     query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
 
@@ -134,13 +134,13 @@ def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
         total = total * shrink + ops.sum(weights, axis=-1)
         value = walk.cut_columns(tensors["value"], place)
         new = walk.backend.to_rows(scores.dropped(place)(weights), value)
-        return new_top, total, sums * shrink[:, None] + new
+        return new_top, total, sums * shrink[:, :, None] + new
 
-    shape = (walk.folded, walk.all_rows)
+    per_row, width = (walk.shared, walk.rows.size), tensors["value"].shape[2]
     state = (
-        ops.full(shape, _NO_LOGIT, dtype=walk.dtype),
-        ops.zeros(shape, dtype=walk.dtype),
-        ops.zeros((shape[0], tensors["value"].shape[2], shape[1]), dtype=walk.dtype),
+        ops.full((*walk.lead, *per_row), _NO_LOGIT, dtype=walk.dtype),
+        ops.zeros((*walk.lead, *per_row), dtype=walk.dtype),
+        ops.zeros((*walk.lead, width, *per_row), dtype=walk.dtype),
     )
     top, total, sums = walk.for_each_tile(row, step, state)
     if "sink" in tensors:
@@ -148,11 +148,11 @@ def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
         new_top = larger(top, sink)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.exp(sink - new_top)
-        top, sums = new_top, sums * shrink[:, None]
+        top, sums = new_top, sums * shrink[:, :, None]
     seen = total > 0
     total = ops.where(seen, total, 1.0)
-    output = sums / (total * (1.0 - scores.problem.dropout))[:, None]
-    return output, ops.where(seen, top + ops.log(total), math.inf)[:, None]
+    output = sums / (total * (1.0 - scores.problem.dropout))[:, :, None]
+    return output, ops.where(seen, top + ops.log(total), math.inf)[:, :, None]
 
 
 def backward(
@@ -219,14 +219,14 @@ def _backward(problem, tensors, output, lse, d_output):
 
 
 def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
-    """Returns the rows' gradient of the scaled query, `(heads, H, G * rows)`, and the
+    """Returns the rows' gradient of the scaled query, `(*lead, H, G, rows)`, and the
     results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
     query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
     d_output = walk.cut_rows(tensors["d_output"], row)
     kept_d_output = d_output / (1.0 - scores.problem.dropout)
-    lse = walk.cut_rows(tensors["lse"], row)[:, 0]
-    share = walk.cut_rows(tensors["share"], row)[:, 0, :, None]
+    lse = walk.cut_rows(tensors["lse"], row)[:, :, 0]
+    share = walk.cut_rows(tensors["share"], row)[:, :, 0, ..., None]
 
     def step(place, allowed):
         key = walk.cut_columns(tensors["key"], place)

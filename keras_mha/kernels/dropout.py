@@ -65,14 +65,36 @@ class OfPart(NamedTuple):
         return ops.cast(batch * self.all_heads + head, "int32"), tile
 
 
+@dataclass(frozen=True, eq=False)
+class SeedOfHeads:
+    """A seed for some of a layer's heads: they drop what they do among all of them.
+
+    Args:
+        seed: Of the layer.
+        first: The first of the heads.
+        count: How many they are, from this one on.
+        total: How many the layer has.
+    """
+
+    seed: Any
+    first: int
+    count: int
+    total: int
+
+
 def seed_pair(seed: Any) -> Tensor:
     """Returns two int32 for one call of attention; a generator goes on to its next.
+
+    For some of a layer's heads three more say which they are, for `kept`.
 
     Where a gradient computes the call again (gradient checkpointing), they are those of
     the first time: output and gradient must belong to the same weights dropped.
     """
     if isinstance(seed, DrawnSeed):
         return seed.pair
+    if isinstance(seed, SeedOfHeads):
+        heads = ops.convert_to_tensor((seed.first, seed.count, seed.total), "int32")
+        return ops.concatenate([seed_pair(seed.seed), heads])
     if isinstance(seed, int):
         return ops.cast(draw_seed(seed), "int32")
     return ops.cast(backends.current().drawn(seed, draw_seed), "int32")
@@ -98,7 +120,7 @@ def kept(seed: Tensor | OfPart, rate: float, head_index: Tensor, tile: Tile) -> 
     """Says which weights of a tile to keep.
 
     Args:
-        seed: Two int32, from `seed_of`, or an `OfPart`.
+        seed: int32, from `seed_of`, or an `OfPart`.
         rate: Share of the weights to drop, less than 1.
         head_index: int32, shape `(..., 1, 1)`: batch row times heads plus head.
         tile: The rows and columns.
@@ -111,11 +133,19 @@ def kept(seed: Tensor | OfPart, rate: float, head_index: Tensor, tile: Tile) -> 
     if isinstance(seed, OfPart):
         head_index, tile = seed.of_call(head_index, tile)
         seed = seed.pair
+    head_index = _among_all_heads(head_index, seed)
     row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
     row = _mixed(row + tile.row_indices * _ROW)
     step = _mixed(row + _STEP) * 2 + 1
     threshold = 2 * min(round(rate * 2**31) - 2**30, 2**30 - 1)
     return backend.at_least(_mixed((tile.column_indices + row) * step), threshold)
+
+
+def _among_all_heads(head_index: Tensor, seed: Tensor) -> Tensor:
+    if seed.shape[0] == 2:
+        return head_index
+    first, count, total = seed[2], seed[3], seed[4]
+    return head_index // count * total + first + head_index % count
 
 
 def _mixed(x: Tensor) -> Tensor:

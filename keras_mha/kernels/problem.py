@@ -98,17 +98,26 @@ def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
         position_bias=None if call.position_bias is None else position_bias,
         position_tensors=tuple(held),
         differentiable=differentiable,
-        groups_at_once=_groups_at_once(call),
+        groups_at_once=groups_at_once(call.query, heads, groups),
         tile=tiling.TILE,
     )
     return problem, tensors
 
 
-def _groups_at_once(call: AttentionCall) -> int | None:
-    """A CPU wants a tile that fits its cache, others as much work as they can get."""
+def groups_at_once(like: Any, heads: int, groups: int) -> int | None:
+    """Returns how many key heads are to share a tile; see `Walk`.
+
+    A CPU wants a tile that fits its cache, others as much work as they can get. Several
+    devices may share the heads, unknown to the call: a tile of some heads would then be
+    of some devices, and gathered by all.
+
+    Args:
+        like: A tensor of the call.
+        heads: Number of query heads.
+        groups: Number of key heads.
+    """
     backend = backends.current()
-    if not backend.on_cpu(call.query):
+    if not backend.on_cpu(like) or backend.device_count() > 1:
         return None
-    heads, groups = call.query.shape[2], call.key.shape[2]
     most = max(backend.HEADS_PER_TILE * groups // heads, 1)
     return max(n for n in range(1, most + 1) if groups % n == 0)

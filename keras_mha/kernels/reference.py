@@ -171,7 +171,7 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
     batch, rows, heads, width = ops.shape(query)
     columns, groups = ops.shape(key)[1:3]
-    if _is_one(query.shape[1]):
+    if _is_one(query.shape[1]) and not backends.current().may_share_heads(key):
         return _one_query_dot_key(query, key)
     if groups == heads:
         return ops.einsum("...tnh,...snh->...nts", query, key)
@@ -186,7 +186,7 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     value = ops.cast(value, weights.dtype)
     batch, heads, rows, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
-    if _is_one(weights.shape[2]):
+    if _is_one(weights.shape[2]) and not backends.current().may_share_heads(value):
         return _values_of_one_query(weights, value)
     if groups == heads:
         return ops.einsum("...nts,...snv->...tnv", weights, value)
@@ -209,6 +209,7 @@ def _is_one(length: Any) -> bool:
 # A single query, as in decoding, has so little to compute that bringing keys and
 # values into the order of a product per head would take most of the time. They are read
 # as they lie, all heads in one product, of which what heads say of others is dropped.
+# Not where devices share the heads: each would wait for the products of all.
 
 
 def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:

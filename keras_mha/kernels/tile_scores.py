@@ -30,7 +30,7 @@ class TileScores:
     def logits(
         self, query: Tensor, place: Place, allowed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns a tile of logits, `(heads, G * rows, columns)`, minus infinity where
+        """Returns a tile of logits, `(*lead, G, rows, columns)`, minus infinity where
         masked, and the soft cap's derivative (`None` without a cap)."""
         walk, slope = self.walk, None
         key = walk.cut_columns(self.tensors["key"], place)
@@ -41,7 +41,6 @@ class TileScores:
         has_position_bias = self.problem.position_bias is not None
         if allowed is None and "bias" not in self.tensors and not has_position_bias:
             return logits, slope
-        logits = walk.by_head(logits)
         if "bias" in self.tensors:
             bias = walk.cut_scores(self.tensors["bias"], place)
             logits = logits + ops.cast(bias, walk.dtype)
@@ -52,7 +51,8 @@ class TileScores:
             logits = logits + ops.where(
                 allowed, ops.cast(0.0, walk.dtype), ops.cast(-math.inf, walk.dtype)
             )
-        return walk.folded_scores(logits), slope
+        # A graph may not know of what was added that it broadcasts.
+        return ops.reshape(logits, walk.scores_shape), slope
 
     def _position_bias(self, place: Place, **weights: Tensor) -> Tensor:
         """Returns a tile of the position's bias, with these weights in it if given."""
@@ -76,8 +76,8 @@ class TileScores:
         return tuple(ops.cast(gradient, walk.dtype) for gradient in gradients)
 
     def whole(self, logits: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Returns all logits by head with their biases, and which of them are seen,
-        those that are not so low that no softmax sees them."""
+        """Returns all logits with their biases, and which of them are seen, those that
+        are not so low that no softmax sees them."""
         walk = self.walk
         tile = whole_tile(walk.rows.length, walk.columns.length)
         if "bias" in self.tensors:
@@ -105,5 +105,4 @@ class TileScores:
             walk.head_index(place),
             walk.tile(place),
         )
-        kept = walk.folded_scores(kept)
         return lambda weights: walk.backend.keep(weights, kept)

@@ -5,8 +5,9 @@ side by side: queries are `(B, K, width, G, T)`, keys and values `(B, K, width, 
 tile's matrices then all have their long axis last, the fast order on CPUs.
 
 A tile belongs to some heads (the *chunk*), a piece of the rows and one of the columns.
-In it, batch rows and key heads are folded into one axis and so are `G` and rows:
-queries are `(heads, width, G * rows)` and scores `(heads, G * rows, columns)`.
+Its queries are `(*lead, width, G, rows)` and its scores `(*lead, G, rows, columns)`,
+where `lead` is `(batch rows, key heads)`. None of these axes are folded into one:
+compilers share work among devices along whole axes.
 """
 
 import math
@@ -80,13 +81,14 @@ class Walk:
         self.group_chunks = self.groups // self.chunk_groups
         self.batch_chunks = self.batch if self.one_batch_row else 1
         self.chunks = self.batch_chunks * self.group_chunks
-        self.folded = self.chunk_batch * self.chunk_groups
+        self.lead = (self.chunk_batch, self.chunk_groups)
         # Heads that share a key stand side by side in a tile, with fewer rows each.
         self.rows = cut_in_pieces(
             rows, None if tile is None else max(tile // self.shared, tile // 4)
         )
         self.columns = cut_in_pieces(ops.shape(key)[3], tile)
-        self.all_rows = self.shared * self.rows.size
+        sizes = (self.rows.size, self.columns.size)
+        self.scores_shape = (*self.lead, self.shared, *sizes)
         self.schedule = schedule(mask, self.rows, self.columns)
 
     # ------------------------------------------------------------------ loops
@@ -108,7 +110,7 @@ class Walk:
 
     def for_each_tile(self, row: Place, body: Callable, carry: tuple) -> tuple:
         """Runs `carry = body(place, allowed, carry)` for the live tiles of these rows,
-        where `allowed` are booleans, shaped for `by_head`, or `None` for all pairs."""
+        where `allowed` are booleans, shaped as scores, or `None` for all pairs."""
 
         def visit(j, masked, carry):
             place = row._replace(j=j, column=self.columns.start(j))
@@ -142,49 +144,32 @@ class Walk:
     # ------------------------------------------------------------------ a tile's parts
 
     def cut_rows(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, G, T) -> (heads, width, G * rows)`, in float32 at least."""
+        """`(B, K, width, G, T) -> (*lead, width, G, rows)`, in float32 at least."""
         starts = (place.batch, place.group, 0, 0, place.row)
-        lead = (self.chunk_batch, self.chunk_groups)
-        x = ops.slice(x, starts, (*lead, *x.shape[2:4], self.rows.size))
-        x = ops.reshape(x, (self.folded, x.shape[2], self.all_rows))
+        x = ops.slice(x, starts, (*self.lead, *x.shape[2:4], self.rows.size))
         return at_least_float32(x)
 
     def cut_columns(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, S) -> (heads, width, columns)`, in float32 at least."""
+        """`(B, K, width, S) -> (*lead, width, columns)`, in float32 at least."""
         starts = (place.batch, place.group, 0, place.column)
-        lead = (self.chunk_batch, self.chunk_groups)
-        x = ops.slice(x, starts, (*lead, x.shape[2], self.columns.size))
-        x = ops.reshape(x, (self.folded, x.shape[2], self.columns.size))
+        x = ops.slice(x, starts, (*self.lead, x.shape[2], self.columns.size))
         return at_least_float32(x)
 
     def cut_heads(self, x: Tensor, place: Place) -> Tensor:
-        """`(K, G)`, a number a head, `-> (heads, G * rows)`."""
+        """`(K, G)`, a number a head, `-> (1, key heads, G, 1)`."""
         x = ops.slice(x, (place.group, 0), (self.chunk_groups, self.shared))
-        shape = (self.chunk_batch, self.chunk_groups, self.shared, self.rows.size)
-        x = ops.broadcast_to(ops.cast(x, self.dtype)[None, :, :, None], shape)
-        return ops.reshape(x, (self.folded, self.all_rows))
+        return ops.cast(x, self.dtype)[None, :, :, None]
 
     def cut_scores(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, G, T, S) -> (batch rows, key heads, G, rows, columns)`; an axis of
-        length 1 stays, to broadcast."""
+        """`(B, K, G, T, S) -> (*lead, G, rows, columns)`; an axis of length 1 stays, to
+        broadcast."""
         starts = (place.batch, place.group, 0, place.row, place.column)
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        sizes = (*lead, self.rows.size, self.columns.size)
-        shape = ops.shape(x)
+        sizes, shape = self.scores_shape, ops.shape(x)
         starts = [
             unless_one(n, start, 0) for n, start in zip(shape, starts, strict=True)
         ]
         sizes = [unless_one(n, size) for n, size in zip(shape, sizes, strict=True)]
         return ops.slice(x, starts, sizes)
-
-    def by_head(self, scores: Tensor) -> Tensor:
-        """`(heads, G * rows, columns) -> (batch rows, key heads, G, rows, columns)`."""
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        return ops.reshape(scores, (*lead, self.rows.size, self.columns.size))
-
-    def folded_scores(self, scores: Tensor) -> Tensor:
-        """The way back from `by_head`."""
-        return ops.reshape(scores, (self.folded, self.all_rows, self.columns.size))
 
     def tile(self, place: Place) -> Tile:
         """Returns the tile as masks know it."""
@@ -193,7 +178,7 @@ class Walk:
         return Tile(place.row, sizes[0], place.column, sizes[1], batch=batch)
 
     def allowed(self, place: Place) -> Tensor:
-        """Who of a masked tile may attend and is in no earlier tile; see `by_head`."""
+        """Who of a masked tile may attend, in no earlier tile already, as scores."""
         tile = self.tile(place)
         allowed = None
         if self.mask is not None:
@@ -210,13 +195,13 @@ class Walk:
         return allowed
 
     def bias_block(self, bias: Bias, place: Place) -> Tensor:
-        """Returns the numbers of a bias object for a tile; see `by_head`."""
+        """Returns the numbers of a bias object for a tile, shaped as scores."""
         heads = self.chunk_groups * self.shared
         tile = self.tile(place)._replace(head=place.group * self.shared, heads=heads)
         return self.block_by_head(bias.block(tile), tile, place)
 
     def block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:
-        """Returns what a mask or bias object gave for a tile; see `by_head`."""
+        """Returns what a mask or bias object gave for a tile, shaped as scores."""
         new_axes = (1,) * (4 - len(block.shape))
         block = ops.reshape(block, (*new_axes, *ops.shape(block)))
         if tile.batch is not None and block.shape[0] != 1:
@@ -234,7 +219,7 @@ class Walk:
         return ops.slice(block, starts, (batch, chunk, shared, rows, columns))
 
     def head_index(self, place: Place) -> Tensor:
-        """Returns batch row times heads plus head, int32, shaped for `by_head`."""
+        """Returns batch row times heads plus head, int32, shaped as scores."""
         batch, group, shared = (
             ops.reshape(ops.arange(size, dtype="int32") + start, shape)
             for size, start, shape in (
@@ -249,15 +234,15 @@ class Walk:
     # ------------------------------------------------------------------ results
 
     def row_tiles(self, width: int, dtype: str) -> Any:
-        """Returns zeros to put results `(heads, width, G * rows)` into."""
-        shape = (self.folded, width, self.all_rows)
+        """Returns zeros to put results `(*lead, width, G, rows)` into."""
+        shape = (*self.lead, width, self.shared, self.rows.size)
         return self.backend.new_tiles(
             self.chunks * self.rows.count, shape, dtype, self.like
         )
 
     def column_tiles(self, width: int, dtype: str) -> Any:
-        """Returns zeros to add results `(heads, width, columns)` to."""
-        shape = (self.folded, width, self.columns.size)
+        """Returns zeros to add results `(*lead, width, columns)` to."""
+        shape = (*self.lead, width, self.columns.size)
         return self.backend.new_tiles(
             self.chunks * self.columns.count, shape, dtype, self.like
         )
@@ -275,26 +260,21 @@ class Walk:
     def joined_rows(self, tiles: Any) -> Tensor:
         """Returns what was put in as `(B, K, width, G, T)`."""
         tiles = self.backend.stacked(tiles, self.chunks * self.rows.count)
-        width = tiles.shape[2]
-        x = self._chunks_apart(tiles, self.rows.count, width, self.shared)
+        x = self._chunks_apart(tiles, self.rows.count)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 6, 2, 7))
         return self.rows.joined(self._chunks_together(x))
 
     def joined_columns(self, tiles: Any) -> Tensor:
         """Returns the sums as `(B, K, width, S)`."""
         tiles = self.backend.stacked(tiles, self.chunks * self.columns.count)
-        width = tiles.shape[2]
-        x = self._chunks_apart(tiles, self.columns.count, width)
+        x = self._chunks_apart(tiles, self.columns.count)
         x = ops.transpose(x, (0, 3, 1, 4, 5, 2, 6))
         return self.columns.joined(self._chunks_together(x))
 
-    def _chunks_apart(self, tiles, pieces, width, *shared):
-        """`(chunks * pieces, heads, width, positions)` with the first two axes and the
-        query heads among the positions taken apart."""
-        lead = (self.batch_chunks, self.group_chunks, pieces)
-        heads = (self.chunk_batch, self.chunk_groups)
-        positions = ops.shape(tiles)[3] // (shared[0] if shared else 1)
-        return ops.reshape(tiles, (*lead, *heads, width, *shared, positions))
+    def _chunks_apart(self, tiles, pieces):
+        """`(chunks * pieces, ...)` with the first axis taken apart."""
+        chunks = (self.batch_chunks, self.group_chunks, pieces)
+        return ops.reshape(tiles, (*chunks, *ops.shape(tiles)[1:]))
 
     def _chunks_together(self, x):
         return ops.reshape(x, (self.batch, self.groups, *ops.shape(x)[4:]))
@@ -319,18 +299,16 @@ class Walk:
         return _where_it_varies(bias, pieces)
 
     def _score_sizes(self, bias):
-        lead = (self.chunk_batch, self.chunk_groups, self.shared)
-        return _where_it_varies(bias, (*lead, self.rows.size, self.columns.size))
+        return _where_it_varies(bias, self.scores_shape)
 
     def summed_scores(self, scores: Tensor, bias: Tensor) -> Tensor:
-        """Sums a tile `(heads, G * rows, columns)` over the bias's axes of length 1."""
+        """Sums a tile of scores over the bias's axes of length 1."""
         axes = tuple(axis for axis in range(5) if bias.shape[axis] == 1)
-        scores = self.by_head(scores)
         return ops.sum(scores, axis=axes, keepdims=True) if axes else scores
 
     def summed_like(self, scores: Tensor, x: Tensor) -> Tensor:
-        """Sums a tile `(heads, G * rows, columns)` over what `x`, shaped for `by_head`,
-        broadcasts along, and may be known to only when a graph runs."""
+        """Sums a tile of scores over what `x`, shaped as scores, broadcasts along, and
+        may be known to only when a graph runs."""
         return _summed_to(ops.shape(x), self.summed_scores(scores, x))
 
     def add_scores(self, tiles: Any, place: Place, x: Tensor, bias: Tensor) -> Any:

@@ -4,7 +4,6 @@ It takes and returns what `blockwise.forward` does, by operations that have ever
 derivative.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +34,12 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
         scores.walk,
         Place(chunk=0, batch=0, group=0, i=0, row=0, j=0, column=0),
     )
-    query, key, value = (_folded(tensors[name]) for name in ("query", "key", "value"))
+    query, key, value = (
+        at_least_float32(tensors[name]) for name in ("query", "key", "value")
+    )
     logits = walk.backend.scores(query * problem.scale, key)
     if problem.logit_soft_cap is not None:
         logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)
-    logits = walk.by_head(logits)
     logits, seen = scores.whole(logits, place)
     if "sink" in tensors:
         sink = ops.cast(tensors["sink"], walk.dtype)[None, :, :, None, None]
@@ -48,15 +48,6 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
     # As a tuple where there is one key: of an int, Keras would warn.
     weights = ops.softmax(logits, axis=(4,) if logits.shape[4] == 1 else -1)
     weights = weights[..., : ops.shape(seen)[4]] / (1.0 - problem.dropout)
-    weights = walk.folded_scores(ops.where(seen, weights, ops.cast(0.0, walk.dtype)))
+    weights = ops.where(seen, weights, ops.cast(0.0, walk.dtype))
     output = walk.backend.to_rows(scores.dropped(place)(weights), value)
-    batch, groups, _, shared, rows = ops.shape(tensors["query"])
-    output = ops.reshape(output, (batch, groups, ops.shape(value)[1], shared, rows))
     return ops.cast(output, dtype_name(tensors["query"]))
-
-
-def _folded(x: Tensor) -> Tensor:
-    """Returns all of a tensor as `Walk` cuts it, in float32 at least."""
-    batch, groups, width, *positions = ops.shape(x)
-    x = ops.reshape(x, (batch * groups, width, math.prod(positions)))
-    return at_least_float32(x)

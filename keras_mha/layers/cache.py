@@ -11,6 +11,7 @@ those that no query can see any more. The cache of cross-attention holds `"key"`
 `"value"` of the memory, shape `(B, S, K, width)`, and maybe its `"mask"`, `(B, S)`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,14 +97,20 @@ class NewTokens:
         count: Number of tokens in each row, T, those that are padding included.
         valid: Booleans of shape `(B, T)`, which of them are real; `None` for all.
         window: The sliding window of the layer; `None` for none.
+        share_out: Puts a new cache where the one before is, on several devices.
     """
 
     def __init__(
-        self, cache: Cache, count: Any, valid: Tensor | None, window: int | None
+        self,
+        cache: Cache,
+        count: Any,
+        valid: Tensor | None,
+        window: int | None,
+        share_out: Callable[[Cache], Cache],
     ):
         cache = {name: plain(x) for name, x in cache.items()}
         self.cache, self.count = cache, count
-        self.valid, self.window = valid, window
+        self.valid, self.window, self.share_out = valid, window, share_out
         self.slots = slots(cache)
         self.is_ring = is_ring(cache, window)
         self.before = cache["length"]
@@ -167,6 +174,7 @@ class NewTokens:
         put = self._put_one if self._is_one_token else self._put_many
         cache = {name: put(x, old[name], positions) for name, x in new.items()}
         cache["length"] = self.after
+        cache = self.share_out(cache)
         seen, is_counted = cache, self.known_before is not None
         is_counted = is_counted and not self.known_before.any()
         if self.is_ring and not self._is_one_token:

@@ -8,10 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mha import _checks
-from keras_mha._keras import Shape, Tensor, dtype_name, is_float, is_integer
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    dtype_name,
+    entry_layer,
+    is_float,
+    is_integer,
+)
 from keras_mha.layers.axes import AttentionAxes
 from keras_mha.masks import Mask
-from keras_mha.ops.tensors import devices_along
+from keras_mha.ops.tensors import are_taken_over, devices_along
 
 
 def check_build_shapes(query: Shape, value: Shape, key: Shape) -> None:
@@ -83,6 +90,19 @@ def check_ranks(rank: int, shapes: dict[str, Shape]) -> None:
                 f"`{name}` must have {rank} axes, as when the layer was built. "
                 f"Received: {name} of shape {shape}"
             )
+
+
+def check_weights_are_trained(layer: Any, kernel: Any) -> None:
+    """Raises where something has taken over a layer's weights and `kernel`, a variable,
+    has not noticed."""
+    taken = are_taken_over(layer, entry_layer())
+    if taken and not getattr(kernel, "follows_a_module", False):
+        raise ValueError(
+            "torch's `fully_shard` does not know of Keras's variables, which would "
+            "go on with weights that nobody trains. Use "
+            "keras_mha.distribution.fully_shard in its place. "
+            f"Received: a call of {layer.name!r}"
+        )
 
 
 def check_shared_heads(kernel: Tensor, heads: int) -> None:

@@ -14,6 +14,7 @@ from keras_mha._keras import (
     Shape,
     Tensor,
     convert_no_inputs,
+    kernel_variable,
     parts_not_rematerialized,
     set_keras_mask,
     told_as_it_is,
@@ -281,6 +282,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         self.seed = optional(_checks.integer, "seed", seed)
         self._drawn_seed = None
+        self._share = None  # what computes calls where others have some of the heads
         self.position = options.checked_position(
             position,
             self._attention_axes,
@@ -438,23 +440,32 @@ class MultiHeadAttention(keras.layers.Layer):
             cache,
         )
         call.read(self).fill(self.compute_dtype)
+        input_checks.check_weights_are_trained(self, kernel_variable(self.query_dense))
         # An activity regularizer sees all tokens.
         good = clean(call, keep_finite=self._activity_regularizer is not None)
-        operands = operands_of(self, call)
-        mask = intersect(mask_of(call), operands.mask)
-        heads, scores = self._attend(call, operands, mask)
-        heads = call.axes.unfold(heads, like=call.query)
-        if self._use_gate:
-            heads = heads * self._gate_dense(call.query)
-        output, scores = spoilt(call, good, mask, self.output_dense(heads), scores)
+        compute = self._share or self._compute
+        output, scores, mask, cache = compute(call)
+        output, scores = spoilt(call, good, mask, output, scores)
         if call.query_mask is not None:
             set_keras_mask(output, call.query_mask)
         results = (output,)
         if return_attention_scores:
             results += (call.axes.unfold_scores(scores, call.query, call.value),)
         if cache is not None:
-            results += (operands.cache,)
+            results += (cache,)
         return results if len(results) > 1 else output
+
+    def _compute(self, call: Call):
+        return self._compute_with(operands_of(self, call), call)
+
+    def _compute_with(self, operands: Operands, call: Call):
+        """Returns output, scores or None, who may attend to whom, and the cache."""
+        mask = intersect(mask_of(call), operands.mask)
+        heads, scores = self._attend(call, operands, mask)
+        heads = call.axes.unfold(heads, like=call.query)
+        if self._use_gate:
+            heads = heads * self._gate_dense(call.query)
+        return self.output_dense(heads), scores, mask, operands.cache
 
     def _attend(self, call: Call, operands: Operands, mask: Mask | None):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""

@@ -9,6 +9,7 @@ from keras_mha._keras import Tensor
 from keras_mha.layers import cache as kv_cache
 from keras_mha.layers.cache import Cache
 from keras_mha.layers.cache_checks import check_one_axis
+from keras_mha.layers.cache_layout import shared_out
 from keras_mha.layers.memory import projected_memory
 
 
@@ -41,4 +42,5 @@ def new_cache(
     if layer._sliding_window is not None:
         slots = min(slots, layer._sliding_window)
     widths = layer.key_dim, layer.value_dim
-    return kv_cache.empty(batch_size, slots, layer.num_key_value_heads, widths, dtype)
+    cache = kv_cache.empty(batch_size, slots, layer.num_key_value_heads, widths, dtype)
+    return shared_out(layer, cache)

@@ -14,6 +14,7 @@ from keras_mha.biases import Bias
 from keras_mha.layers import cache as kv_cache
 from keras_mha.layers.arguments import Call
 from keras_mha.layers.cache import Cache
+from keras_mha.layers.cache_layout import shared_out
 from keras_mha.layers.call_masks import mask_of_keys, spread
 from keras_mha.layers.placing import bias_of_position, given_ids, ids_of, rotated
 from keras_mha.layers.projections import key_heads, query_heads, value_heads
@@ -72,7 +73,7 @@ def _of_memory(layer, call):
 def _of_cache(layer, call):
     """The new tokens go into the cache, and attend to what it then holds."""
     position, causal = layer.position, call.use_causal_mask
-    new = _new_tokens(call, layer._sliding_window)
+    new = _new_tokens(layer, call)
     ids = new.positions
     if call.position_ids is not None:
         ids, _ = given_ids(call, position, call.query, call.value)
@@ -89,9 +90,12 @@ def _of_cache(layer, call):
     return Operands(query, key, step.value, step.mask, bias, step.cache, new)
 
 
-def _new_tokens(call, window):
+def _new_tokens(layer, call):
     masks = [spread(mask, call.query) for mask in call.masks if mask is not None]
     masks = [ops.cast(mask, "bool") for mask in masks]
     valid = functools.reduce(ops.logical_and, masks) if masks else None
     length = ops.shape(call.query)[1]
-    return kv_cache.NewTokens(call.cache, length, valid, window)
+    share_out = functools.partial(shared_out, layer)
+    return kv_cache.NewTokens(
+        call.cache, length, valid, layer._sliding_window, share_out
+    )

@@ -27,5 +27,10 @@ def watching(watcher: Callable[..., None]) -> Iterator[None]:
 
 def note(layer: Any, *heads: Any, **arguments: Any) -> None:
     """Tells this thread's watcher, if there is one, of a layer's attention."""
-    if _watchers and threading.get_ident() in _watchers:
+    if is_on():
         _watchers[threading.get_ident()](layer, *heads, **arguments)
+
+
+def is_on() -> bool:
+    """Whether this thread has a watcher."""
+    return bool(_watchers) and threading.get_ident() in _watchers

@@ -33,7 +33,8 @@ def as_trained(layer: Any, attend: Callable, training: Any) -> Any:
 def _seed(layer):
     """Returns where dropout's numbers come from: a seed drawn already, once."""
     if layer._drawn_seed is None:
-        return layer._dropout_layer.seed_generator
+        seed = layer._dropout_layer.seed_generator
+        return seed if layer._share is None else layer._share.seed(seed)
     seed, layer._drawn_seed = layer._drawn_seed, None
     return seed
 

@@ -17,7 +17,7 @@ from keras_mha._keras import (
 )
 from keras_mha.biases import Bias
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.dropout import DrawnSeed
+from keras_mha.kernels.dropout import DrawnSeed, SeedOfHeads
 
 
 def checked_call(
@@ -219,7 +219,7 @@ def _as_talking_heads(pair: Any, heads: int) -> tuple[Tensor | None, Tensor | No
 
 
 def _check_seed(seed: Any) -> None:
-    if seed is None or isinstance(seed, SeedGenerator | DrawnSeed):
+    if seed is None or isinstance(seed, SeedGenerator | DrawnSeed | SeedOfHeads):
         return
     if not 0 <= _checks.integer("seed", seed) < 2**32:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Received: seed={seed}")

@@ -66,6 +66,17 @@ def devices_along(x: Tensor, axis: int) -> int:
     return backends.current().devices_along(x, axis)
 
 
+def distributed(x: Tensor, axes: tuple[str | None, ...]) -> Tensor:
+    """Returns `x` shared out under the distribution that is set in Keras.
+
+    Args:
+        x: A tensor.
+        axes: Along which axis of the distribution's mesh each of its axes is shared;
+            `None` for whole. One that does not divide evenly stays whole.
+    """
+    return backends.current().distributed(x, axes)
+
+
 def take_along_axis(x: Tensor, index: Tensor, axis: int) -> Tensor:
     """Returns, along one axis, the elements of `x` at these places.
 
@@ -89,3 +100,9 @@ def with_one_replaced(x: Tensor, index: Tensor, new: Tensor) -> Tensor:
         new: Shape `(B, ...)`.
     """
     return backends.current().with_one_replaced(x, index, new)
+
+
+def are_taken_over(*layers: Any) -> bool:
+    """Whether the weights of one of these layers are what `fully_shard` of torch's has
+    put in the place of those that it was made with."""
+    return backends.current().are_taken_over(*layers)

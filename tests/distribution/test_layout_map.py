@@ -172,12 +172,3 @@ def test_a_layout_of_ones_own_comes_first():
 def test_wrong_use(arguments, error, message):
     with pytest.raises(error, match=message):
         keras_mha.distribution.layout_map(*arguments)
-
-
-def test_the_guides_script_runs(tmp_path):
-    page = (ROOT / "docs/scale.md").read_text("utf-8")
-    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "script.py").write_text(script, "utf-8")
-    printed = run(str(tmp_path / "script.py"))
-    assert re.search(r"attention/query/kernel .*\(None, 'model'", printed)
-    assert re.search(r"attention/key/kernel .*\(None, None", printed)

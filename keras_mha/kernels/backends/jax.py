@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 from keras import ops
 
@@ -82,18 +83,21 @@ def stacked(tiles: Any, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
-    return jnp.einsum("hdr,hdc->hrc", x, y, precision=_EXACT)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    return jnp.einsum("bkdgr,bkdc->bkgrc", x, y, precision=_EXACT)
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
-    return jnp.einsum("hdc,hrc->hdr", y, weights, precision=_EXACT)
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    return jnp.einsum("bkdc,bkgrc->bkdgr", y, weights, precision=_EXACT)
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
-    return jnp.einsum("hdr,hrc->hdc", x, weights, precision=_EXACT)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return jnp.einsum("bkdgr,bkgrc->bkdc", x, weights, precision=_EXACT)
 
 
 def row_max(x: Any) -> Any:
@@ -132,14 +136,34 @@ def on_cpu(x: Any) -> bool:
     return jax.default_backend() == "cpu"
 
 
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names and set(mesh.axis_names) == set(mesh.manual_axes):
+        return 1  # within `jax.shard_map` each runs its own
+    return jax.device_count()
+
+
 def splits_sequences() -> bool:
     """Whether each process sees a part of the sequences, unknown to its program."""
     return False  # that is written out there, and the compiler sees to it
 
 
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    return False  # on PyTorch some can be
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # a program is of the whole there
+
+
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    distribution = keras.distribution.distribution()
+    return isinstance(distribution, keras.distribution.ModelParallel)
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
@@ -179,6 +203,16 @@ def plain(x: Any) -> Any:
     return x
 
 
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    mesh = keras.distribution.distribution().device_mesh
+    devices = dict(zip(mesh.axis_names, mesh.shape, strict=True)) | {None: 1}
+    sizes = zip(x.shape, axes, strict=True)
+    axes = [axis if size % devices[axis] == 0 else None for size, axis in sizes]
+    layout = keras.distribution.TensorLayout(axes, mesh)
+    return keras.distribution.distribute_tensor(x, layout)
+
+
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
     """Returns along one axis what `index` says; other axes of length 1 broadcast."""
     return ops.take_along_axis(x, index, axis=axis)
@@ -186,7 +220,8 @@ def take_along_axis(x: Any, index: Any, axis: int) -> Any:
 
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
-    return x.at[jnp.arange(x.shape[0]), index].set(new)
+    # Row by row, which the compiler then need not gather where devices share the batch.
+    return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
 
 
 def drawn(generator: Any, draw: Callable) -> Any:

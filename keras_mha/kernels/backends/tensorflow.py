@@ -83,19 +83,37 @@ def stacked(tiles: Any, count: Any) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
-    return tf.matmul(x, y, transpose_a=True)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    products = tf.matmul(_flat_rows(x, 3), y, transpose_a=True)
+    return _apart(products, 2, ops.shape(x)[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
-    # Faster by half than the product that gives (heads, width, rows) at once.
-    return tf.linalg.matrix_transpose(tf.matmul(weights, y, transpose_b=True))
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    # Faster by half than the product that gives the transpose at once.
+    sums = tf.matmul(_flat_rows(weights, 2), y, transpose_b=True)
+    return _apart(tf.linalg.matrix_transpose(sums), 3, ops.shape(weights)[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
-    return tf.matmul(x, weights)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return tf.matmul(_flat_rows(x, 3), _flat_rows(weights, 2))
+
+
+def _flat_rows(x: Any, axis: int) -> Any:
+    """Folds `G` and rows into one axis, as products take them."""
+    shape = ops.shape(x)
+    rows = shape[axis] * shape[axis + 1]
+    return ops.reshape(x, (*shape[:axis], rows, *shape[axis + 2 :]))
+
+
+def _apart(x: Any, axis: int, lengths: tuple) -> Any:
+    """The way back from `_flat_rows`."""
+    shape = ops.shape(x)
+    return ops.reshape(x, (*shape[:axis], *lengths, *shape[axis + 1 :]))
 
 
 def row_max(x: Any) -> Any:
@@ -135,20 +153,39 @@ def on_cpu(x: Any) -> bool:
     return not tf.config.list_logical_devices("GPU")
 
 
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    return 1  # each replica runs its own
+
+
 def splits_sequences() -> bool:
     """Whether each process sees a part of the sequences, unknown to its program."""
     return False  # TensorFlow has no such thing
 
 
 def shard_index(*tensors: Any) -> Any:
-    """Returns the number of this device among those that these tensors vary over, or
-    `None` where nothing says that they vary."""
-    return None  # as types of JAX do
+    """Returns the number of this device among those that share the batch under one of
+    TensorFlow's strategies, or `None` where there is one."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return None
+    return tf.cast(replica.replica_id_in_sync_group, "int32")
+
+
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    return False  # on PyTorch some can be
 
 
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     return 1  # TensorFlow's strategies copy weights
+
+
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    return False
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
@@ -190,6 +227,11 @@ def columns_at(x: Any, index: Any) -> Any:
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return tf.convert_to_tensor(x)
+
+
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    return x  # TensorFlow's strategies know of no layouts
 
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:

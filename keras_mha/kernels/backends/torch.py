@@ -78,18 +78,23 @@ def stacked(tiles: _Tiles, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """`(heads, width, rows), (heads, width, columns) -> (heads, rows, columns)`."""
-    return torch.matmul(x.mT, y)
+    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    their products, `(*lead, G, rows, columns)`."""
+    products = torch.matmul(x.flatten(3).mT, y)
+    return products.unflatten(2, x.shape[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, columns) -> (heads, width, rows)`."""
-    return torch.matmul(y, weights.mT)
+    """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
+    sums = torch.matmul(y, weights.flatten(2, 3).mT)
+    return sums.unflatten(3, weights.shape[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """`(heads, rows, columns), (heads, width, rows) -> (heads, width, columns)`."""
-    return torch.matmul(x, weights)
+    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
+    return torch.matmul(x.flatten(3), weights.flatten(2, 3))
 
 
 def row_max(x: Any) -> Any:
@@ -138,6 +143,11 @@ def on_cpu(x: Any) -> bool:
     return x.device.type == "cpu"
 
 
+def device_count() -> int:
+    """Returns how many devices a program may be written for."""
+    return 1  # each process runs its own
+
+
 def splits_sequences() -> bool:
     """Whether each process sees a part of the sequences, unknown to its program."""
     # In `context_parallel` a function of torch.distributed stands in for torch's own.
@@ -152,6 +162,12 @@ def shard_index(*tensors: Any) -> Any:
     return None  # as types of JAX do
 
 
+def are_taken_over(*layers: Any) -> bool:
+    """Whether torch's `fully_shard` has replaced the weights of one of these layers."""
+    # So torch notes it for its compiler.
+    return any(getattr(x, "_is_fsdp_managed_module", False) for x in layers)
+
+
 def devices_along(x: Any, axis: int) -> int:
     """Returns over how many devices an axis is sharded that must divide evenly."""
     if not isinstance(x, torch.Tensor) or not hasattr(x, "placements"):
@@ -161,6 +177,12 @@ def devices_along(x: Any, axis: int) -> int:
         for dimension, placement in enumerate(x.placements)
         if placement.is_shard(axis)
     )
+
+
+def may_share_heads(x: Any) -> bool:
+    """Whether devices may have some of the heads each, for what `x` says, of shape
+    `(B, S, K, H)`."""
+    return devices_along(x, 2) > 1
 
 
 def pull_back(function: Callable, tensors: tuple, cotangent: Callable) -> tuple:
@@ -211,6 +233,11 @@ def columns_at(x: Any, index: Any) -> Any:
 def plain(x: Any) -> Any:
     """Returns the tensor that a variable of the backend's own holds now."""
     return x
+
+
+def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Returns `x` shared out along axes of the mesh that is set in Keras."""
+    return x  # Keras distributes nothing there
 
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
