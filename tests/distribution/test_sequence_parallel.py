@@ -258,6 +258,10 @@ def test_wrong_use_says_what_to_do(found, use, parts):
         assert part in found["refused"][use]
 
 
+def test_lengths_of_placeholders_are_not_looked_at(found):
+    assert found["refused"]["placeholders"] == "nothing"
+
+
 def test_other_backends_are_refused_by_name():
     backend = keras.backend.backend()
     if backend == "jax":
