@@ -1,7 +1,9 @@
 """Runs the benchmark: measures each backend in processes of its own, then draws.
 
 What was found is kept in `benchmarks/results/<backend>.json`; the pictures go to
-`docs/benchmarks/` and the tables between the marks in README.md.
+`docs/benchmarks/` and the tables between the marks in README.md. The part "scale"
+counts what each of several devices does, is kept in `scale.json` and told in
+`docs/scale.md`.
 """
 
 import argparse
@@ -15,12 +17,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import chinese, draw, readme, results
+from benchmarks import chinese, draw, readme, results, scale
 from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, Case, cases, memory_cases
 from benchmarks.contestants import decoding
 from keras_mha import info
 
 PARTS = ("time", "memory", "decoding")
+SCALE = "scale"  # of no backend's contestants
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,20 +40,27 @@ def main() -> None:
         default=[],
         help="time this case only, such as 'window 8192', and keep the others",
     )
-    parser.add_argument("--only", choices=PARTS, help="measure this, keep the others")
+    parser.add_argument(
+        "--only", choices=(*PARTS, SCALE), help="measure this, keep the others"
+    )
     arguments = parser.parse_args()
     if not arguments.no_measuring:
         parts = _parts(arguments.case, arguments.only)
         if "decoding" in parts:
             _require_peer()
-        for backend in arguments.backend or info.BACKENDS:
-            measure(backend, arguments.case, parts)
+        if parts != (SCALE,):
+            for backend in arguments.backend or info.BACKENDS:
+                measure(backend, arguments.case, parts)
+        if parts in (PARTS, (SCALE,)) and not arguments.backend:
+            scale.measure()
     kept = results.load()
     if not kept:
         raise SystemExit("nothing has been measured yet: leave out --no-measuring")
-    draw.all_pictures(kept, ROOT / "docs" / "benchmarks")
+    draw.all_pictures(kept, scale.load(), ROOT / "docs" / "benchmarks")
     readme.write(kept, ROOT / "README.md")
     readme.write(kept, ROOT / "README.zh-CN.md", chinese.translated)
+    if counted := scale.load():
+        readme.replace(ROOT / "docs" / "scale.md", scale.MARKS, scale.table(counted))
 
 
 def _parts(names: list[str], only: str | None) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def _visited(
 
 def _operations(product: Instruction, shapes: dict[str, str]) -> int:
     """Returns twice the multiplications of a matrix product."""
-    first = re.match(r"(?:\S+ )?%?([\w.\-]+)", product.rest).group(1)
+    first = re.match(r"(?:\w+\[\S* )?%?([\w.\-]+)", product.rest).group(1)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest).group(1)
     lengths = _lengths(shapes[first])
     inner = math.prod(lengths[int(axis)] for axis in contracted.split(",") if axis)

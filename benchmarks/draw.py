@@ -1,12 +1,14 @@
 """Draws what was measured: time over length, memory over length, ratios to Keras's."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import scale as counted
 from benchmarks.cases import KINDS, Case
 from benchmarks.results import KERAS, OURS, Results
 
@@ -15,11 +17,16 @@ PEER = "tab:gray"
 TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 
-def all_pictures(results: list[Results], folder: Path) -> None:
+def all_pictures(
+    results: list[Results], scaled: list[dict[str, Any]], folder: Path
+) -> None:
     """Draws every picture into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("time", time), ("memory", memory), ("ratios", ratios)):
-        figure = draw(results)
+    pictures = {name: (draw, results) for name, draw in OF_RESULTS.items()}
+    if scaled:
+        pictures["scale"] = scale, scaled
+    for name, (draw, drawn) in pictures.items():
+        figure = draw(drawn)
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         plt.close(figure)
 
@@ -113,3 +120,45 @@ def _tokens(axis, first=16, step=4):
     ticks = [first * step**n for n in range(7) if first * step**n <= 32768]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
+
+
+def scale(kept: list[dict[str, Any]]) -> plt.Figure:
+    """Draws what each device does, receives and holds, over devices and over length."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4))
+    for layout in counted.LAYOUTS:
+        points = [x for x in kept if x["layout"] == layout and x["batch"] > 1]
+        for axis, name, unit in ((axes[0], "operations", 1e9), (axes[1], "sent", 1e6)):
+            over = sorted(
+                (x["devices"], x[name] / unit) for x in points if x["counts_work"]
+            )
+            axis.plot(*zip(*over, strict=True), marker="o", markersize=3, label=layout)
+        over = sorted(
+            (x["length"], x["memory"] / 1e6)
+            for x in points
+            if x["devices"] == 8 and not x["counts_work"]
+        )
+        axes[2].plot(*zip(*over, strict=True), marker="o", markersize=3, label=layout)
+    for axis, title in zip(
+        axes,
+        (
+            "operations of each device, 1e9",
+            "received by each device, MB",
+            "held by each of 8 devices, MB",
+        ),
+        strict=True,
+    ):
+        axis.set_title(title, fontsize="medium")
+        axis.grid(alpha=0.3)
+    axes[0].set(xlabel="devices", xscale="log", yscale="log")
+    axes[1].set(xlabel="devices", xscale="log")
+    axes[2].set(xlabel="tokens", xscale="log", yscale="log")
+    for axis in axes[:2]:
+        axis.set_xticks(counted.DEVICES, counted.DEVICES)
+    axes[2].set_xticks(counted.LENGTHS, counted.LENGTHS)
+    for axis in axes:
+        axis.minorticks_off()
+    axes[0].legend(fontsize="small")
+    return figure
+
+
+OF_RESULTS = {"time": time, "memory": memory, "ratios": ratios}

@@ -28,12 +28,17 @@ def write(
     results: list[Results], readme: Path, translate: Callable[[str], str] = str
 ) -> None:
     """Puts the tables between the marks; raises if the marks are not there."""
-    text = readme.read_text("utf-8")
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    replace(readme, (BEGIN, END), translate(section(results)))
+
+
+def replace(page: Path, marks: tuple[str, str], block: str) -> None:
+    """Puts a block between two marks; raises if the marks are not there."""
+    begin, end = marks
+    text = page.read_text("utf-8")
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"{readme.name} has no marks {BEGIN} ... {END}")
-    block = f"{BEGIN}\n{translate(section(results))}\n{END}"
-    readme.write_text(pattern.sub(lambda _: block, text), "utf-8")
+        raise SystemExit(f"{page.name} has no marks {begin} ... {end}")
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{block}\n{end}", text), "utf-8")
 
 
 def section(results: list[Results]) -> str:

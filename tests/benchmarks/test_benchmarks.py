@@ -6,7 +6,7 @@ from pathlib import Path
 import keras
 import pytest
 
-from benchmarks import cases, chinese, contestants, draw, readme, results
+from benchmarks import cases, chinese, contestants, draw, readme, results, scale
 from benchmarks.cases import Case
 from tests.helpers import needs_window_of_keras
 
@@ -83,9 +83,10 @@ def test_a_readme_without_marks_is_left_alone(tmp_path):
 
 
 def test_the_pictures_are_drawn(tmp_path):
-    draw.all_pictures(results.load(), tmp_path)
+    draw.all_pictures(results.load(), scale.load(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "memory.png",
         "ratios.png",
+        "scale.png",
         "time.png",
     }
