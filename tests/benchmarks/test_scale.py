@@ -12,16 +12,16 @@ pytestmark = pytest.mark.once
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "scale.md"
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
-%fused (param_0: f32[8,64,32], param_1: f32[8,64,16]) -> f32[8,32,16] {
+%fused (param_0: f32[8,64,32], param_1: f32[8,16,64]) -> f32[8,32,16] {
   %param_0 = f32[8,64,32]{2,1,0} parameter(0)
-  %param_1 = f32[8,64,16]{2,1,0} parameter(1)
+  %param_1 = f32[8,16,64]{2,1,0} parameter(1)
   ROOT %dot.1 = f32[8,32,16]{2,1,0} dot(%param_0, %param_1), lhs_batch_dims={0}, \
-lhs_contracting_dims={1}, rhs_batch_dims={0}, rhs_contracting_dims={1}
+lhs_contracting_dims={1}, rhs_batch_dims={0}, rhs_contracting_dims={2}
 }
 
 %body (state: (s32[], f32[8,64,32])) -> (s32[], f32[8,64,32]) {
   %a = f32[8,64,32]{2,1,0} get-tuple-element(%state), index=1
-  %b = f32[8,64,16]{2,1,0} all-gather(%c), dimensions={2}
+  %b = f32[8,16,64]{2,1,0} all-gather(%c), dimensions={1}
   %d = f32[8,32,16]{2,1,0} fusion(%a, %b), kind=kLoop, calls=%fused
 }
 
