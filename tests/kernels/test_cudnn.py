@@ -167,7 +167,8 @@ def stand_in(name, received):
     """Returns a function that takes the arguments of the primitive of this name."""
 
     def in_float32(tensors):
-        return (x.astype("float32") if x.dtype == "bfloat16" else x for x in tensors)
+        halves = "bfloat16", "float16"
+        return (x.astype("float32") if x.dtype in halves else x for x in tensors)
 
     def weights_of(tensors, sums, options):
         import jax.numpy as jnp
@@ -188,7 +189,7 @@ def stand_in(name, received):
     def forward(*tensors, is_training, **options):
         import jax.numpy as jnp
 
-        received.append(options)
+        received.append({"batch": len(tensors[0]), **options})
         assert is_training and len(tensors) == 10
         dtype = tensors[0].dtype
         assert all(x.dtype == dtype for x in tensors[:4])
@@ -202,7 +203,7 @@ def stand_in(name, received):
         import jax
         import jax.numpy as jnp
 
-        received.append(options)
+        received.append({"batch": len(tensors[0]), **options})
         dtype = tensors[0].dtype
         *tensors, sums, output, d_output = in_float32(tensors)
         query, key, value, bias = tensors[:4]
@@ -320,3 +321,361 @@ def test_numbers_are_the_oracles(case, cudnn):
     mask, seen, options = case
     check(cudnn, mask(), seen, options)
     assert len(cudnn.received) == 2
+
+
+LENGTHS = {
+    "more queries than keys": ((2, 13, 4, 8), (2, 7, 4, 8), (2, 7, 4, V)),
+    "one query": ((2, 1, 4, 8), (2, 7, 1, 8), (2, 7, 1, V)),
+    "one key": ((2, 5, 4, 8), (2, 1, 2, 8), (2, 1, 2, V)),
+    "even lengths": ((1, 6, 2, 9), (1, 8, 2, 9), (1, 8, 2, V)),
+}
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+@pytest.mark.parametrize("shapes", LENGTHS.values(), ids=LENGTHS.keys())
+def test_causal_starts_at_the_first_key_whatever_the_lengths(
+    shapes, has_padding, cudnn
+):
+    rows, columns = shapes[0][1], shapes[1][1]
+    seen = np.arange(columns) <= np.arange(rows)[:, None]
+    mask = masks.Causal()
+    if has_padding:
+        valid = booleans(shapes[0][0], columns)
+        mask, seen = mask & masks.Padding(to_tensor(valid)), seen & keys(valid)
+    check(cudnn, mask, seen, {}, shapes=shapes)
+
+
+HALF_CASES = [
+    "no mask",
+    "window",
+    "padding anywhere",
+    "padding, first rows see nothing",
+    "booleans",
+    "bias that masks, padding, causal",
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", HALF_CASES)
+def test_numbers_in_half_types(name, dtype, cudnn):
+    mask, seen, options = CASES[name]
+    if dtype == "float16" and "bias" in options:
+        pytest.skip("refused: see below")
+    options = {name: rounded(x, dtype) for name, x in options.items()}
+    check(cudnn, mask(), seen, options, dtype, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 0.05, 3.0, 2.0**12])
+def test_a_hidden_key_has_no_weight_at_any_scale(scale, cudnn):
+    valid = FROM_THE_FIFTH
+    arrays, call = a_call(
+        masks.Causal() & masks.Padding(to_tensor(valid)), dtype="float16"
+    )
+    call = replace(call, scale=scale)
+    assert cudnn.refusal(call) is None
+    # What a hidden key has in its value would be seen at once.
+    value = np.where(valid[..., None, None], arrays[2], 6e4)
+    call = replace(call, value=to_tensor(value, "float16"))
+    output, lse, _ = run(cudnn, call, np.zeros((B, T, N, V)))
+    seen = (j <= i) & keys(valid)
+    expected, _ = oracle.dot_product_attention(*arrays, mask=seen, scale=scale)
+    np.testing.assert_allclose(output, expected, atol=0.01)
+    assert (lse[:, :, :5] == np.inf).all() and np.isfinite(lse[:, :, 5:]).all()
+
+
+@pytest.mark.parametrize(
+    "name", ["padding, causal", "bias of a plane", "padding alone"]
+)
+def test_what_is_mapped_becomes_part_of_the_batch(name, cudnn):
+    import jax
+
+    mask, _, options = CASES[name]
+    options = {name: x[:, :, :T, :S] for name, x in options.items()}
+    (_, one), (_, other) = a_call(mask(), **options), a_call(mask(), **options)
+    problem, first = prepared(one)
+    _, second = prepared(other)
+
+    def attend(moving, mask):
+        tensors = {**moving, "mask": mask}
+        output, lse = cudnn.forward(problem, tensors)
+        return output, cudnn.backward(problem, tensors, output, lse, output)
+
+    moving = [
+        {name: x for name, x in each.items() if name != "mask"}
+        for each in (first, second)
+    ]
+    both = jax.tree.map(lambda *x: jax.numpy.stack(x), *moving)
+    found = jax.jit(jax.vmap(attend, (0, None)))(both, first["mask"])
+    assert [each["batch"] for each in cudnn.received[1::2]] == [2 * B] * 2
+    expected = [attend(each, first["mask"]) for each in moving]
+    for n in range(2):
+        jax.tree.map(
+            lambda x, y, n=n: np.testing.assert_allclose(x[n], y, atol=1e-5),
+            found,
+            expected[n],
+        )
+
+
+# -------------------------------------------------- what it is asked for, and what not
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_it_takes_all_these_calls(case, cudnn):
+    mask, _, options = case
+    _, call = a_call(mask(), dtype="bfloat16", **options)
+    assert cudnn.refusal(call) is None
+
+
+def symbolic(dtype="bfloat16", batch=2, length=6, width=8, columns=None):
+    query = keras.KerasTensor((batch, length, 4, width), dtype)
+    key = keras.KerasTensor((batch, columns or length, 4, width), dtype)
+    return lambda **options: AttentionCall(query, key, key, **options)
+
+
+def zeros(*shape, dtype="bfloat16"):
+    return to_tensor(np.zeros(shape), dtype)
+
+
+SOME = np.ones((2, 6), bool)
+REFUSED = {
+    "float32": (symbolic("float32"), {}, "float16 and bfloat16"),
+    "wide": (symbolic(width=136), {}, "up to a width of 128"),
+    "unknown lengths": (symbolic(length=None), {}, "lengths that are numbers"),
+    "dropout": (symbolic(), {"dropout": 0.1}, "seed"),
+    "cap": (symbolic(), {"logit_soft_cap": 3.0}, "soft cap"),
+    "scores": (symbolic(), {"return_scores": True}, "scores"),
+    "sums": (symbolic(), {"return_lse": True}, "rows' sums"),
+    "offset": (symbolic(), {"mask": masks.Causal(1)}, "an offset"),
+    "window": (symbolic(), {"mask": masks.SlidingWindow(2)}, "both sides"),
+    "long window": (
+        symbolic(columns=3),
+        {"mask": masks.Causal() & masks.SlidingWindow(2)},
+        "no more queries than keys",
+    ),
+    "where": (symbolic(), {"mask": masks.Where(lambda i, j: i < j)}, "kind Where"),
+    "prefix, causal": (symbolic(), {"mask": masks.Causal() | masks.Prefix(3)}, "Or"),
+    "segments": (
+        symbolic(),
+        {"mask": masks.Segments(np.ones((2, 6), int))},
+        "Segments",
+    ),
+    "keys of heads": (
+        symbolic(),
+        {"mask": masks.Dense(np.ones((2, 4, 1, 6), bool))},
+        "kind Dense",
+    ),
+    "precise bias": (
+        symbolic(),
+        {"bias": zeros(1, 1, 6, 6, dtype="float32")},
+        "precision",
+    ),
+    "bias in float16": (
+        symbolic("float16"),
+        {"bias": zeros(1, 1, 6, 6, dtype="float16")},
+        "float16",
+    ),
+    "bias of keys": (symbolic(), {"bias": zeros(2, 1, 1, 6)}, "broadcasts"),
+    "bias beside more booleans": (
+        symbolic(),
+        {
+            "bias": zeros(1, 4, 6, 6),
+            "mask": masks.Dense(np.ones((2, 1, 6, 6), bool)),
+        },
+        "more numbers than given",
+    ),
+    "bias, window": (
+        symbolic(),
+        {"bias": zeros(1, 1, 6, 6), "mask": masks.Causal() & masks.SlidingWindow(2)},
+        "no window beside",
+    ),
+    "causal padding of wide heads": (
+        symbolic(width=128),
+        {"mask": masks.Causal() & masks.Padding(SOME)},
+        "one more feature",
+    ),
+    "negative scale": (
+        symbolic(),
+        {"mask": masks.Causal() & masks.Padding(SOME), "scale": -1.0},
+        "scale of -1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED.keys())
+def test_what_it_does_not_take(case):
+    from keras_mha.kernels.jax_kernels import cudnn
+
+    call, options, why = case
+    assert why in cudnn.refusal(call(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "batch"),
+    [({}, None), ({"mask": masks.Padding(SOME)}, 2), ({"scale": -1.0}, 2)],
+)
+def test_what_it_takes(options, batch):
+    from keras_mha.kernels.jax_kernels import cudnn
+
+    assert cudnn.refusal(symbolic(batch=batch, width=128)(**options)) is None
+
+
+class Gpu:
+    """What a machine says of its device."""
+
+    def __init__(self, capability="8.0", platform="cuda 12090"):
+        self.compute_capability = capability
+        self.client = type("Client", (), {"platform_version": platform})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "why"),
+    [
+        (Gpu(), 91002, None),
+        (Gpu("7.5"), 91002, "8.0"),
+        (Gpu(), 90100, "9.2"),
+        (Gpu(), None, "no cuDNN"),
+    ],
+)
+def test_a_gpu_that_is_there_is_asked(gpu, version, why, monkeypatch):
+    import jax
+
+    from keras_mha.kernels.jax_kernels import cudnn, cudnn_machine
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    monkeypatch.setattr(cudnn_machine, "_version", lambda: version)
+    found = cudnn.refusal(symbolic()())
+    assert found is None if why is None else why in found
+
+
+def test_heads_are_wider_on_hoppers(monkeypatch):
+    import jax
+
+    from keras_mha.kernels.jax_kernels import cudnn, cudnn_machine
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Gpu("9.0")])
+    monkeypatch.setattr(cudnn_machine, "_version", lambda: 91002)
+    assert cudnn.refusal(symbolic(width=256)()) is None
+    mask = masks.Causal() & masks.Padding(SOME)
+    assert cudnn.refusal(symbolic(width=128)(mask=mask)) is None
+
+
+def test_a_jax_with_other_primitives_is_not_asked(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    from keras_mha.kernels.jax_kernels import cudnn
+
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "_dot_product_attention_fwd_impl", lambda query: None
+    )
+    assert "does not hand out" in cudnn.refusal(symbolic()())
+
+
+# ------------------------------------------------------------- programs that call cuDNN
+
+
+LONG = {"T": 272, "S": 304}
+
+
+def lowered(mask=None, **options):
+    """The program, for an NVIDIA GPU, of a call of many tokens and its gradient."""
+    import jax
+
+    from keras_mha.kernels.jax_kernels import cudnn
+
+    shapes = ((2, LONG["T"], 4, 20), (2, LONG["S"], 2, 20), (2, LONG["S"], 2, 12))
+    _, call = a_call(mask, shapes, "bfloat16", **options)
+    assert cudnn.refusal(call) is None
+    problem, tensors = prepared(call)
+
+    def step(tensors):
+        output, lse = cudnn.forward(problem, tensors)
+        return cudnn.backward(problem, tensors, output, lse, output)
+
+    names = "fmhaSoftmax", "fmhaScaleBiasSoftmax"
+    names = [f"__cudnn${name}{way}" for name in names for way in ("", "Backward")]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    export = jax.export.export(
+        jax.jit(step), platforms=["cuda"], disabled_checks=unchecked
+    )
+    return export(tensors).mlir_module()
+
+
+def calls_of(program):
+    """The name of each call of cuDNN, its kind of mask and its window."""
+    pattern = r"@__cudnn\$(\w+).*?mask_type\\22: \\22(\w+).*?window_length\\22: (\d+)"
+    return re.findall(pattern, program)
+
+
+VALID = RNG.uniform(size=(2, LONG["S"])) < 0.7
+LONG_BIAS = np.zeros((1, 4, LONG["T"], LONG["S"]))
+PROGRAMS = {
+    "no mask": (lambda: None, {}, "fmhaSoftmax", "NO_MASK", "0"),
+    "causal": (causal(), {}, "fmhaSoftmax", "CAUSAL", "0"),
+    "window": (causal(window(50)), {}, "fmhaSoftmax", "CAUSAL", "50"),
+    "padding": (padding(VALID), {}, "fmhaSoftmax", "PADDING", "0"),
+    "padding, causal": (causal(padding(VALID)), {}, "fmhaSoftmax", "CAUSAL", "0"),
+    "padding, window": (
+        causal(padding(VALID), window(50)),
+        {},
+        "fmhaSoftmax",
+        "CAUSAL",
+        "50",
+    ),
+    "sinks": (lambda: None, {"sink": np.zeros(4)}, "fmhaSoftmax", "NO_MASK", "0"),
+    "bias": (
+        lambda: None,
+        {"bias": LONG_BIAS},
+        "fmhaScaleBiasSoftmax",
+        "NO_MASK",
+        "0",
+    ),
+    "bias, causal": (
+        causal(),
+        {"bias": LONG_BIAS},
+        "fmhaScaleBiasSoftmax",
+        "CAUSAL",
+        "0",
+    ),
+    "booleans": (
+        dense(np.ones((2, 1, LONG["T"], LONG["S"]), bool)),
+        {},
+        "fmhaScaleBiasSoftmax",
+        "NO_MASK",
+        "0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_programs_for_gpus_call_it(case):
+    mask, options, name, kind, size = case
+    program = lowered(mask(), **options)
+    assert calls_of(program) == [(name, kind, size), (f"{name}Backward", kind, size)]
+    assert "dot_general" not in program
+    scores = re.findall(r"tensor<(?:\d+x)*272x(?:272|304)x\w+>", program)
+    assert bool(scores) == ("Bias" in name)
+    # Grouped heads are not repeated, and the sums stay in float32.
+    assert "tensor<2x304x4x" not in program and "tensor<2x272x4x24xbf16>" in program
+    assert "tensor<2x4x272xf32>" in program
+
+
+def test_the_gradient_of_a_bias_of_all_rows_comes_of_tiles_if_it_would_be_large(
+    monkeypatch,
+):
+    from keras_mha.kernels.jax_kernels import cudnn
+
+    monkeypatch.setattr(cudnn, "_FEW_BYTES", 2**10)
+    calls = calls_of(lowered(bias=LONG_BIAS))
+    assert [name for name, *_ in calls] == ["fmhaScaleBiasSoftmax"]
+    of_all = np.zeros((2, 4, LONG["T"], LONG["S"]))
+    calls = calls_of(lowered(bias=of_all))
+    assert [name for name, *_ in calls][1:] == ["fmhaScaleBiasSoftmaxBackward"]
+
+
+def test_the_gradient_of_a_large_bias_is_exact(cudnn, monkeypatch):
+    monkeypatch.setattr(cudnn, "_FEW_BYTES", 0)
+    mask, seen, options = CASES["bias that masks, padding, causal"]
+    check(cudnn, mask(), seen, options)
+    assert len(cudnn.received) == 1
