@@ -8,8 +8,13 @@ programs that are lowered for a GPU.
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -145,8 +150,8 @@ def scores_of(query, key, bias, rows, columns, scale, mask_type, window):
 
     key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", query, key, precision="highest") * scale
-    row, column = np.arange(query.shape[1])[:, None], np.arange(key.shape[1])
-    seen = np.ones((len(row), len(column)), bool)
+    row, column = jnp.arange(query.shape[1])[:, None], jnp.arange(key.shape[1])
+    seen = jnp.ones((len(row), len(column)), bool)
     if "CAUSAL" in mask_type.name:
         seen &= column <= row
     if window is not None:
@@ -163,8 +168,8 @@ def scores_of(query, key, bias, rows, columns, scale, mask_type, window):
     return jnp.where(seen, scores, -jnp.inf)
 
 
-def stand_in(name, received):
-    """Returns a function that takes the arguments of the primitive of this name."""
+def stand_ins(received):
+    """Returns functions that take the arguments of the primitives, both ways."""
 
     def in_float32(tensors):
         halves = "bfloat16", "float16"
@@ -223,7 +228,7 @@ def stand_in(name, received):
         d_value = summed(product("bnts,btnh->bsnh", weights, d_output))
         found = [d_query * options["scale"], d_key * options["scale"], d_value]
         if tensors[5].size:  # what stands behind a sequence's keys is nobody's to say
-            behind = np.arange(key.shape[1]) >= tensors[5][:, None]
+            behind = jnp.arange(key.shape[1]) >= tensors[5][:, None]
             found[1:] = (
                 jnp.where(behind[..., None, None], jnp.nan, x) for x in found[1:]
             )
@@ -232,7 +237,7 @@ def stand_in(name, received):
             found.append(jnp.sum(d_scores, axis=axes, keepdims=True))
         return jax.tree.map(lambda x: x.astype(dtype), found)
 
-    return {"fwd": forward, "bwd": backward}[name]
+    return forward, backward
 
 
 @pytest.fixture
@@ -241,9 +246,8 @@ def cudnn(monkeypatch):
     from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives
 
     received = []
-    monkeypatch.setattr(
-        cudnn_primitives, "_bound", lambda _, name: stand_in(name, received)
-    )
+    monkeypatch.setattr(cudnn_primitives, "_kernels", lambda: stand_ins(received))
+    monkeypatch.setattr(cudnn_primitives, "refusal", lambda: None)
     # Numbers are compared in float32, in which little is rounded.
     monkeypatch.setitem(cudnn._MASKED, "float32", cudnn._MASKED["bfloat16"])
     monkeypatch.setattr(cudnn, "received", received, raising=False)
@@ -420,7 +424,9 @@ def test_what_is_mapped_becomes_part_of_the_batch(name, cudnn):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_it_takes_all_these_calls(case, cudnn):
+def test_it_takes_all_these_calls(case):
+    from keras_mha.kernels.jax_kernels import cudnn
+
     mask, _, options = case
     _, call = a_call(mask(), dtype="bfloat16", **options)
     assert cudnn.refusal(call) is None
@@ -562,13 +568,10 @@ def test_heads_are_wider_on_hoppers(monkeypatch):
 
 
 def test_a_jax_with_other_primitives_is_not_asked(monkeypatch):
-    from jax._src.cudnn import fused_attention_stablehlo
+    from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives
 
-    from keras_mha.kernels.jax_kernels import cudnn
-
-    monkeypatch.setattr(
-        fused_attention_stablehlo, "_dot_product_attention_fwd_impl", lambda query: None
-    )
+    _, backward = cudnn_primitives._kernels()
+    monkeypatch.setattr(cudnn_primitives, "_kernels", lambda: (lambda x: x, backward))
     assert "does not hand out" in cudnn.refusal(symbolic()())
 
 
@@ -679,3 +682,42 @@ def test_the_gradient_of_a_large_bias_is_exact(cudnn, monkeypatch):
     mask, seen, options = CASES["bias that masks, padding, causal"]
     check(cudnn, mask(), seen, options)
     assert len(cudnn.received) == 1
+
+
+# ------------------------------------------------------------------ on several devices
+
+
+@pytest.fixture(scope="module")
+def on_devices():
+    """Of a process that has four devices, which this one cannot have."""
+    worker = Path(__file__).with_name("cudnn_worker.py")
+    path = os.pathsep.join([str(worker.parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(worker)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+OWN_SHARE = [
+    *("rows", "rows, bias for all", "rows, bias of each"),
+    *("heads", "rows and heads", "one key head"),
+]
+GATHERED = [
+    *("keys not shared", "fewer key heads than devices"),
+    *("two devices for a key head", "positions"),
+]
+
+
+@pytest.mark.parametrize("layout", OWN_SHARE + GATHERED)
+def test_devices_share_a_call(layout, on_devices):
+    assert on_devices[layout]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("layout", OWN_SHARE)
+def test_devices_get_no_more_than_their_share(layout, on_devices):
+    assert set(on_devices[layout]["sent"]) <= {"all-reduce"}

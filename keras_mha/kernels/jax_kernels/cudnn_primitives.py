@@ -1,8 +1,8 @@
 """cuDNN's kernel for attention, forward and backward, as JAX has it.
 
 `jax.nn.dot_product_attention` rounds the rows' sums to half a type, and differentiates
-by running the kernel again. So its primitives are bound here, which are private: where
-a version of JAX has others, `refusal` says so.
+by running the kernel again. So what it is made of is called here, which is private:
+where a version of JAX has something else, `refusal` says so.
 """
 
 import inspect
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import custom_batching
 
 from keras_mha.kernels.backends import jax_manual_axes as manual_axes
+from keras_mha.kernels.jax_kernels.sharing import shared_by_devices
 
 _TENSORS = (
     *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen"),
@@ -47,14 +48,8 @@ class Kernel:
 def refusal() -> str | None:
     """Returns why this version of JAX cannot be asked for the kernel, or `None`."""
     try:
-        from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-        known = (
-            (cudnn._dot_product_attention_fwd_impl, _FORWARD),
-            (cudnn._dot_product_attention_bwd_impl, _BACKWARD),
-        )
-        is_known = all(_names(function) == names for function, names in known)
-        _bound(cudnn, "fwd"), _bound(cudnn, "bwd")
+        forward, backward = _kernels()
+        is_known = _names(forward) == _FORWARD and _names(backward) == _BACKWARD
     except (ImportError, AttributeError):
         is_known = False
     if is_known:
@@ -66,8 +61,11 @@ def _names(function):
     return tuple(inspect.signature(function).parameters)
 
 
-def _bound(cudnn, name):
-    return getattr(cudnn, f"_dot_product_attention_{name}_p_wrapper").bind
+def _kernels():
+    """Returns JAX's own functions, forward and backward."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    return cudnn._dot_product_attention_fwd_impl, cudnn._dot_product_attention_bwd_impl
 
 
 def attend(
@@ -96,7 +94,7 @@ def attend(
     """
     tensors = {"query": query, "key": key, "value": value}
     tensors |= _given(bias=bias, lengths=lengths)
-    return _mapped(partial(_attend, kernel), tensors)
+    return _mapped(partial(_attend, kernel), tensors, ("output", "sums"))
 
 
 def pull_back(
@@ -129,7 +127,8 @@ def pull_back(
     tensors = {"query": query, "key": key, "value": value}
     tensors |= _given(bias=bias, lengths=lengths)
     tensors |= {"sums": sums, "output": output, "d_output": d_output}
-    return _mapped(partial(_pull_back, kernel, of_bias), tensors)
+    found = ("query", "key", "value", "bias") if of_bias else ("query", "key", "value")
+    return _mapped(partial(_pull_back, kernel, of_bias), tensors, found)
 
 
 def _given(**tensors):
@@ -137,21 +136,16 @@ def _given(**tensors):
 
 
 def _attend(kernel, tensors):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    options = _options(cudnn, kernel, tensors, "bias" in tensors)
-    output, sums = _bound(cudnn, "fwd")(
-        *_arguments(tensors), **options, is_training=True
-    )
-    return output, sums
+    run, _ = _kernels()
+    options = _options(kernel, tensors, of_bias=False)
+    return tuple(run(*_arguments(tensors), **options, is_training=True))
 
 
 def _pull_back(kernel, of_bias, tensors):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    options = _options(cudnn, kernel, tensors, of_bias)
+    _, run = _kernels()
+    options = _options(kernel, tensors, of_bias)
     others = tensors["sums"], tensors["output"], tensors["d_output"]
-    return tuple(_bound(cudnn, "bwd")(*_arguments(tensors), *others, **options))
+    return tuple(run(*_arguments(tensors), *others, **options))
 
 
 def _arguments(tensors):
@@ -165,7 +159,9 @@ def _arguments(tensors):
     return *named, tensors.get("bias", none), *lengths, none, none, none, none
 
 
-def _options(cudnn, kernel, tensors, of_bias):
+def _options(kernel, tensors, of_bias):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
     kind = cudnn.MaskType.CAUSAL if kernel.causal else cudnn.MaskType.NO_MASK
     if "lengths" in tensors:
         padded = cudnn.MaskType.PADDING_CAUSAL, cudnn.MaskType.PADDING
@@ -181,38 +177,60 @@ def _options(cudnn, kernel, tensors, of_bias):
     }
 
 
-# ------------------------------------------------------------------------ jax.vmap
-# JAX's own rule of these primitives takes a bias for one of all rows and heads.
+# ---------------------------------------------------------- devices, and jax.vmap
+# JAX's own rules for these ask for more than is so: of several devices, that they have
+# the same share of every tensor; of `jax.vmap`, that a bias is of all rows and heads.
+
+_AXES = {
+    "query": "btnh",
+    "key": "bskh",
+    "value": "bskh",
+    "bias": "bnts",
+    "lengths": "b",
+    "sums": "bnt",
+    "output": "btnh",
+    "d_output": "btnh",
+}
 
 
-def _mapped(function, tensors):
-    """Calls a function of tensors whose first axis is the batch. What `jax.vmap` maps
-    becomes part of the batch."""
+def _mapped(function, tensors, found):
+    """Calls a function of named tensors whose first axis is the batch. What `jax.vmap`
+    maps becomes part of the batch.
+
+    Args:
+        function: Takes a dictionary, returns a tuple.
+        tensors: The tensors, by name.
+        found: Names of what it returns.
+    """
     names = tuple(tensors)
-
-    @custom_batching.custom_vmap
-    def call(*values):
-        return function(dict(zip(names, values, strict=True)))
+    shared = shared_by_devices(
+        lambda *values: function(dict(zip(names, values, strict=True))),
+        tuple(_AXES[name] for name in names),
+        tuple(_AXES[name] for name in found),
+    )
+    call = custom_batching.custom_vmap(shared)
 
     @call.def_vmap
     def rule(size, is_mapped, *values):
-        values = [
+        values = (
             x if mapped else jnp.broadcast_to(x, (size, *x.shape))
             for x, mapped in zip(values, is_mapped, strict=True)
-        ]
+        )
         given = dict(zip(names, values, strict=True))
-        batch = given["query"].shape[1]
-        shared = "bias" in given and given["bias"].shape[1] == 1 != batch
-        if shared:
-            shape = (size, batch, *given["bias"].shape[2:])
+        rows = given["query"].shape[1]
+        for_all = "bias" in given and given["bias"].shape[1] == 1 != rows
+        if for_all:
+            shape = (size, rows, *given["bias"].shape[2:])
             given["bias"] = jnp.broadcast_to(given["bias"], shape)
         merged = {
-            name: x.reshape(size * batch, *x.shape[2:]) for name, x in given.items()
+            name: x.reshape(size * rows, *x.shape[2:]) for name, x in given.items()
         }
-        found = _mapped(function, merged)
-        found = [x.reshape(size, batch, *x.shape[1:]) for x in found]
-        if shared and len(found) == 4:  # gradients, and the bias's is the last
-            found[3] = jnp.sum(found[3], axis=1, keepdims=True)
-        return tuple(found), (True,) * len(found)
+        results = dict(zip(found, _mapped(function, merged, found), strict=True))
+        results = {
+            name: x.reshape(size, rows, *x.shape[1:]) for name, x in results.items()
+        }
+        if for_all and "bias" in results:
+            results["bias"] = jnp.sum(results["bias"], axis=1, keepdims=True)
+        return tuple(results.values()), (True,) * len(found)
 
     return call(*tensors.values())
