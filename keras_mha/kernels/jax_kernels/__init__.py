@@ -1,1 +1,5 @@
-"""Kernels that JAX ships for kinds of devices, each as tiles are called."""
+"""Kernels that JAX ships for some kind of device.
+
+Each module here offers `refusal(call)`, and `forward` and `backward` as `blockwise` has
+them.
+"""
