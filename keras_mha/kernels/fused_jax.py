@@ -10,7 +10,9 @@ from typing import Any
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels import backends, blockwise
+from keras_mha.kernels.backends.jax_differentiable import require_devices
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.jax_kernels import sharing
 from keras_mha.kernels.problem import Problem, call_of, positions_first, prepared
 from keras_mha.kernels.thresholds import has_few_scores
 from keras_mha.kernels.whole import whole
@@ -34,6 +36,8 @@ def attend(call: AttentionCall) -> Tensor:
     problem, tensors = prepared(call)
     if has_few_scores(call):
         problem = replace(problem, groups_at_once=None)  # all heads in one tile
+    if sharing.is_needed():
+        require_devices()
     output = backends.current().with_gradient(
         forward, backward, whole, problem, tensors
     )

@@ -22,9 +22,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from keras_mha import masks
+from keras_mha.kernels.backends.jax_differentiable import (
+    require_devices,
+    with_gradient,
+)
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives
-from keras_mha.kernels.problem import prepared
+from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives, sharing
+from keras_mha.kernels.problem import positions_first, prepared
+from keras_mha.kernels.whole import whole
 from tests.kernels.test_cudnn import stand_ins
 
 B, T, S, H = 4, 12, 14, 8
@@ -51,14 +56,20 @@ LAYOUTS = {
 
 
 def step(query, key, value, valid, d_output, bias):
-    call = AttentionCall(
-        query, key, value, mask=masks.Padding(valid), scale=0.3, bias=bias
-    )
-    problem, tensors = prepared(call)
-    output, lse = cudnn.forward(problem, tensors)
-    d_output = d_output.reshape(B, T, call.key.shape[2], -1, H)
-    d_output = d_output.transpose(0, 2, 4, 3, 1)
-    return output, lse, cudnn.backward(problem, tensors, output, lse, d_output)
+    def attend(query, key, value, bias):
+        call = AttentionCall(
+            *(query, key, value),
+            mask=masks.Padding(valid),
+            bias=bias,
+            scale=0.3,
+            device="gpu",
+        )
+        problem, tensors = prepared(call)
+        output = with_gradient(cudnn.forward, cudnn.backward, whole, problem, tensors)
+        return positions_first(output)
+
+    output, pull_back = jax.vjp(attend, query, key, value, bias)
+    return output, pull_back(d_output)
 
 
 def result(devices, heads, groups, of_query, of_key, bias, of_bias):
@@ -90,4 +101,6 @@ def result(devices, heads, groups, of_query, of_key, bias, of_bias):
 
 cudnn._MASKED["float32"] = cudnn._MASKED["bfloat16"]
 cudnn_primitives._kernels = lambda: stand_ins([])
+sharing.is_needed = lambda: True
+require_devices()
 print(json.dumps({name: result(*layout) for name, layout in LAYOUTS.items()}))

@@ -20,6 +20,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_mha
 from keras_mha import masks
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.problem import prepared
@@ -411,6 +412,7 @@ def test_what_is_mapped_becomes_part_of_the_batch(name, cudnn):
     both = jax.tree.map(lambda *x: jax.numpy.stack(x), *moving)
     found = jax.jit(jax.vmap(attend, (0, None)))(both, first["mask"])
     assert [each["batch"] for each in cudnn.received[1::2]] == [2 * B] * 2
+    attend = jax.jit(attend)
     expected = [attend(each, first["mask"]) for each in moving]
     for n in range(2):
         jax.tree.map(
@@ -581,28 +583,38 @@ def test_a_jax_with_other_primitives_is_not_asked(monkeypatch):
 LONG = {"T": 272, "S": 304}
 
 
-def lowered(mask=None, **options):
-    """The program, for an NVIDIA GPU, of a call of many tokens and its gradient."""
+def exported(function, *arguments):
+    """The program of a function that was traced here, for an NVIDIA GPU."""
     import jax
-
-    from keras_mha.kernels.jax_kernels import cudnn
-
-    shapes = ((2, LONG["T"], 4, 20), (2, LONG["S"], 2, 20), (2, LONG["S"], 2, 12))
-    _, call = a_call(mask, shapes, "bfloat16", **options)
-    assert cudnn.refusal(call) is None
-    problem, tensors = prepared(call)
-
-    def step(tensors):
-        output, lse = cudnn.forward(problem, tensors)
-        return cudnn.backward(problem, tensors, output, lse, output)
 
     names = "fmhaSoftmax", "fmhaScaleBiasSoftmax"
     names = [f"__cudnn${name}{way}" for name in names for way in ("", "Backward")]
     unchecked = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
     export = jax.export.export(
-        jax.jit(step), platforms=["cuda"], disabled_checks=unchecked
+        jax.jit(function), platforms=["cuda"], disabled_checks=unchecked
     )
-    return export(tensors).mlir_module()
+    return export(*arguments).mlir_module()
+
+
+def lowered(mask=None, dtype="bfloat16", **options):
+    """The program, for an NVIDIA GPU, of a call of many tokens and its gradients."""
+    import jax
+
+    shapes = ((2, LONG["T"], 4, 20), (2, LONG["S"], 2, 20), (2, LONG["S"], 2, 12))
+    arrays, _ = a_call(None, shapes, dtype)
+    tokens = [to_tensor(x, dtype) for x in arrays]
+    options = {name: to_tensor(x, dtype) for name, x in options.items()}
+
+    def step(*tensors):
+        def attend(query, key, value, options):
+            return keras_mha.dot_product_attention(
+                query, key, value, mask=mask, **options
+            )
+
+        output, pull_back = jax.vjp(attend, *tensors, options)
+        return pull_back(output)
+
+    return exported(step, *tokens)
 
 
 def calls_of(program):
@@ -670,10 +682,11 @@ def test_the_gradient_of_a_bias_of_all_rows_comes_of_tiles_if_it_would_be_large(
     from keras_mha.kernels.jax_kernels import cudnn
 
     monkeypatch.setattr(cudnn, "_FEW_BYTES", 2**10)
-    calls = calls_of(lowered(bias=LONG_BIAS))
+    sink = np.zeros(4)  # no other test's call has both: programs are kept
+    calls = calls_of(lowered(bias=LONG_BIAS, sink=sink))
     assert [name for name, *_ in calls] == ["fmhaScaleBiasSoftmax"]
     of_all = np.zeros((2, 4, LONG["T"], LONG["S"]))
-    calls = calls_of(lowered(bias=of_all))
+    calls = calls_of(lowered(bias=of_all, sink=sink))
     assert [name for name, *_ in calls][1:] == ["fmhaScaleBiasSoftmaxBackward"]
 
 
@@ -682,6 +695,61 @@ def test_the_gradient_of_a_large_bias_is_exact(cudnn, monkeypatch):
     mask, seen, options = CASES["bias that masks, padding, causal"]
     check(cudnn, mask(), seen, options)
     assert len(cudnn.received) == 1
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "float16"])
+def test_a_layer_calls_it_where_its_program_is_lowered_for_a_gpu(dtype):
+    layer = keras_mha.MultiHeadAttention(4, 20, dtype=dtype)
+    layer.build((2, LONG["T"], 12))
+    x = to_tensor(np.ones((2, LONG["T"], 12)))
+    valid = to_tensor(np.ones((2, LONG["T"]), bool))
+
+    def call(x, valid):
+        return layer(x, query_mask=valid, value_mask=valid, use_causal_mask=True)
+
+    assert calls_of(exported(call, x, valid)) == [("fmhaSoftmax", "CAUSAL", "0")]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("float32", {}),
+        ("bfloat16", {"mask": masks.SlidingWindow(20)}),
+        ("bfloat16", {"mask": masks.Causal() | masks.Prefix(9)}),
+    ],
+)
+def test_other_programs_for_gpus_do_not(dtype, options):
+    assert calls_of(lowered(dtype=dtype, **options)) == []
+
+
+def test_the_plan_for_a_gpu_says_so():
+    x = keras.KerasTensor((2, LONG["T"], 4, 20), "bfloat16")
+    plan = keras_mha.plan_attention(x, x, x, device="gpu")
+    assert plan.implementation == "fused"
+    plan = keras_mha.plan_attention(
+        x, x, x, mask=masks.SlidingWindow(9), device="gpu", implementation="flash"
+    )
+    assert plan.implementation == "blockwise" and "both sides" in plan.reason
+
+
+def test_what_is_mapped_is_one_call_in_programs_too():
+    import jax
+
+    tensors = [to_tensor(np.zeros((3, 2, 8, 4, 8)), "bfloat16") for _ in range(3)]
+    bias = to_tensor(np.zeros((3, 1, 4, 8, 8)), "bfloat16")
+
+    def attend(*tensors):
+        *tokens, bias = tensors
+        return keras_mha.dot_product_attention(
+            *tokens, bias=bias, implementation="flash"
+        )
+
+    def step(*tensors):
+        output, pull_back = jax.vjp(jax.vmap(attend), *tensors)
+        return pull_back(output)
+
+    program = exported(step, *tensors, bias)
+    assert len(calls_of(program)) == 2 and "tensor<6x8x4x8xbf16>" in program
 
 
 # ------------------------------------------------------------------ on several devices
@@ -706,11 +774,9 @@ def on_devices():
 OWN_SHARE = [
     *("rows", "rows, bias for all", "rows, bias of each"),
     *("heads", "rows and heads", "one key head"),
+    *("fewer key heads than devices", "two devices for a key head"),
 ]
-GATHERED = [
-    *("keys not shared", "fewer key heads than devices"),
-    *("two devices for a key head", "positions"),
-]
+GATHERED = ["keys not shared", "positions"]
 
 
 @pytest.mark.parametrize("layout", OWN_SHARE + GATHERED)

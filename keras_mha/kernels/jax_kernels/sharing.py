@@ -4,6 +4,9 @@ XLA knows nothing of what is in a kernel, and would give the whole of every tens
 every device. Axes are named by letters here: `b` for the batch, `n` for query heads,
 `k` for key heads, and any other for one that each device has whole. The query says how
 batch and heads are shared; what has one row or head for all goes to all of them.
+
+JAX cannot export what says so. A program that is exported elsewhere for several devices
+is right without, and each device then works out the whole call.
 """
 
 import math
@@ -15,6 +18,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 _SHARED = "bnk"
+
+
+def is_needed() -> bool:
+    """Whether this process has several GPUs, that may share a call."""
+    return jax.default_backend() == "gpu" and jax.device_count() > 1
 
 
 def shared_by_devices(
@@ -30,6 +38,8 @@ def shared_by_devices(
             second the key.
         outputs: The axes of each that it returns.
     """
+    if not is_needed():
+        return function
     from jax.experimental.custom_partitioning import custom_partitioning
 
     def infer(mesh, given, made):
