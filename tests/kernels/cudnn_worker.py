@@ -28,6 +28,7 @@ from keras_mha.kernels.backends.jax_differentiable import (
 )
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives, sharing
+from keras_mha.kernels.jax_kernels.cudnn_arguments import MASKED
 from keras_mha.kernels.problem import positions_first, prepared
 from keras_mha.kernels.whole import whole
 from tests.kernels.test_cudnn import stand_ins
@@ -99,7 +100,7 @@ def result(devices, heads, groups, of_query, of_key, bias, of_bias):
     }
 
 
-cudnn._MASKED["float32"] = cudnn._MASKED["bfloat16"]
+MASKED["float32"] = MASKED["bfloat16"]
 cudnn_primitives._kernels = lambda: stand_ins([])
 sharing.is_needed = lambda: True
 require_devices()

@@ -245,12 +245,13 @@ def stand_ins(received):
 def cudnn(monkeypatch):
     """The kernel's module, with the options of the kernel's calls as `received`."""
     from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives
+    from keras_mha.kernels.jax_kernels.cudnn_arguments import MASKED
 
     received = []
     monkeypatch.setattr(cudnn_primitives, "_kernels", lambda: stand_ins(received))
     monkeypatch.setattr(cudnn_primitives, "refusal", lambda: None)
     # Numbers are compared in float32, in which little is rounded.
-    monkeypatch.setitem(cudnn._MASKED, "float32", cudnn._MASKED["bfloat16"])
+    monkeypatch.setitem(MASKED, "float32", MASKED["bfloat16"])
     monkeypatch.setattr(cudnn, "received", received, raising=False)
     return cudnn
 

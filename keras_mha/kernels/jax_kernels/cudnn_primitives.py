@@ -12,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import custom_batching
 
 from keras_mha.kernels.backends import jax_manual_axes as manual_axes
-from keras_mha.kernels.jax_kernels.sharing import shared_by_devices
+from keras_mha.kernels.jax_kernels.sharing import as_one_call
 
 _TENSORS = (
     *("query", "key", "value", "bias", "q_seqlen", "kv_seqlen"),
@@ -94,7 +93,7 @@ def attend(
     """
     tensors = {"query": query, "key": key, "value": value}
     tensors |= _given(bias=bias, lengths=lengths)
-    return _mapped(partial(_attend, kernel), tensors, ("output", "sums"))
+    return as_one_call(partial(_attend, kernel), tensors, ("output", "sums"))
 
 
 def pull_back(
@@ -128,7 +127,7 @@ def pull_back(
     tensors |= _given(bias=bias, lengths=lengths)
     tensors |= {"sums": sums, "output": output, "d_output": d_output}
     found = ("query", "key", "value", "bias") if of_bias else ("query", "key", "value")
-    return _mapped(partial(_pull_back, kernel, of_bias), tensors, found)
+    return as_one_call(partial(_pull_back, kernel, of_bias), tensors, found)
 
 
 def _given(**tensors):
@@ -175,62 +174,3 @@ def _options(kernel, tensors, of_bias):
         "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": kernel.window,
     }
-
-
-# ---------------------------------------------------------- devices, and jax.vmap
-# JAX's own rules for these ask for more than is so: of several devices, that they have
-# the same share of every tensor; of `jax.vmap`, that a bias is of all rows and heads.
-
-_AXES = {
-    "query": "btnh",
-    "key": "bskh",
-    "value": "bskh",
-    "bias": "bnts",
-    "lengths": "b",
-    "sums": "bnt",
-    "output": "btnh",
-    "d_output": "btnh",
-}
-
-
-def _mapped(function, tensors, found):
-    """Calls a function of named tensors whose first axis is the batch. What `jax.vmap`
-    maps becomes part of the batch.
-
-    Args:
-        function: Takes a dictionary, returns a tuple.
-        tensors: The tensors, by name.
-        found: Names of what it returns.
-    """
-    names = tuple(tensors)
-    shared = shared_by_devices(
-        lambda *values: function(dict(zip(names, values, strict=True))),
-        tuple(_AXES[name] for name in names),
-        tuple(_AXES[name] for name in found),
-    )
-    call = custom_batching.custom_vmap(shared)
-
-    @call.def_vmap
-    def rule(size, is_mapped, *values):
-        values = (
-            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
-            for x, mapped in zip(values, is_mapped, strict=True)
-        )
-        given = dict(zip(names, values, strict=True))
-        rows = given["query"].shape[1]
-        for_all = "bias" in given and given["bias"].shape[1] == 1 != rows
-        if for_all:
-            shape = (size, rows, *given["bias"].shape[2:])
-            given["bias"] = jnp.broadcast_to(given["bias"], shape)
-        merged = {
-            name: x.reshape(size * rows, *x.shape[2:]) for name, x in given.items()
-        }
-        results = dict(zip(found, _mapped(function, merged, found), strict=True))
-        results = {
-            name: x.reshape(size, rows, *x.shape[1:]) for name, x in results.items()
-        }
-        if for_all and "bias" in results:
-            results["bias"] = jnp.sum(results["bias"], axis=1, keepdims=True)
-        return tuple(results.values()), (True,) * len(found)
-
-    return call(*tensors.values())

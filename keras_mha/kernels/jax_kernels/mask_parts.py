@@ -1,6 +1,9 @@
 """What a mask is made of, as kernels that take no booleans ask for it."""
 
 from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
 
 from keras_mha.masks import (
     And,
@@ -14,6 +17,7 @@ from keras_mha.masks import (
     Segments,
     SlidingWindow,
     is_plain_causal,
+    whole_tile,
 )
 
 
@@ -121,3 +125,53 @@ def named(mask: Mask) -> str:
     if type(mask) is SlidingWindow:
         return "a window on both sides"
     return f"a mask of the kind {type(mask).__name__}"
+
+
+def both(left: Any, right: Any) -> Any:
+    """Returns where both booleans are `True`; `None` stands for everywhere."""
+    if left is None or right is None:
+        return right if left is None else left
+    return jnp.logical_and(left, right)
+
+
+def visible_keys(masks: tuple[Mask, ...], batch: int, rows: int, columns: int) -> Any:
+    """Returns the keys that none of these masks hides, `(B, S)`; `None` for all."""
+    if not masks:
+        return None
+    tile = whole_tile(rows, columns)
+    found = True
+    for mask in masks:
+        found = jnp.logical_and(found, mask.block(tile))
+    found = jnp.broadcast_to(found, (batch, 1, 1, columns))
+    return found.reshape(batch, columns)
+
+
+def rows_that_see(visible: Any, causal: bool, window: int | None, rows: int) -> Any:
+    """Returns which queries, `(B, T)`, see one of the visible keys, `(B, S)`."""
+    if not causal:
+        return jnp.any(visible, axis=1, keepdims=True)
+    columns = visible.shape[1]
+    counts = jnp.pad(jnp.cumsum(visible, axis=1, dtype="int32"), ((0, 0), (1, 0)))
+    row = jnp.arange(rows)
+    first = jnp.zeros_like(row) if window is None else row - window + 1
+    first, after = jnp.clip(first, 0, columns), jnp.clip(row + 1, 0, columns)
+    return counts[:, after] > counts[:, first]
+
+
+def seeing_queries(masks: tuple[Dense, ...]) -> Any:
+    """Returns which queries none of these masks hides all keys from, booleans that
+    broadcast to `(B, N, T)`; `None` for all."""
+    found = None
+    for mask in masks:
+        values = jnp.asarray(mask.values).astype(bool).reshape(dense_shape(mask))
+        found = both(found, values[..., 0])
+    return found
+
+
+def dense_booleans(masks: tuple[Dense, ...]) -> Any:
+    """Returns where all of these masks allow a pair, four axes; `None` for all."""
+    found = None
+    for mask in masks:
+        values = jnp.asarray(mask.values).astype(bool).reshape(dense_shape(mask))
+        found = both(found, values)
+    return found

@@ -1,5 +1,7 @@
 """A kernel that several devices share by rows of the batch and by heads.
 
+JAX has rules of its own for cuDNN's kernel, which ask for more than is so: that devices
+have the same share of every tensor, and within `jax.vmap` a bias of all rows and heads.
 XLA knows nothing of what is in a kernel, and would give the whole of every tensor to
 every device. Axes are named by letters here: `b` for the batch, `n` for query heads,
 `k` for key heads, and any other for one that each device has whole. The query says how
@@ -15,9 +17,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import custom_batching
 from jax.sharding import NamedSharding, PartitionSpec
 
 _SHARED = "bnk"
+
+# The axes of the tensors that kernels take and return.
+_AXES = {
+    "query": "btnh",
+    "key": "bskh",
+    "value": "bskh",
+    "bias": "bnts",
+    "lengths": "b",
+    "segments": "bt",
+    "sums": "bnt",
+    "output": "btnh",
+    "d_output": "btnh",
+}
 
 
 def is_needed() -> bool:
@@ -25,17 +41,62 @@ def is_needed() -> bool:
     return jax.default_backend() == "gpu" and jax.device_count() > 1
 
 
-def shared_by_devices(
-    function: Callable[..., tuple], inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Callable[..., tuple]:
-    """Returns a function as XLA can share it among devices.
+def as_one_call(
+    function: Callable[[dict[str, Any]], tuple],
+    tensors: dict[str, Any],
+    found: tuple[str, ...],
+) -> tuple:
+    """Calls a kernel, which devices share, and of whose batch becomes what `jax.vmap`
+    maps.
 
     Args:
         function: Takes and returns tensors, and does with some rows and heads what it
             does with all. What it returns for a tensor that has one row or head for
             all is a sum over them.
-        inputs: The axes of each tensor that it takes. The first is the query, the
-            second the key.
+        tensors: What it takes, by names that have axes in `_AXES`; query and key are
+            the first.
+        found: Names of what it returns.
+    """
+    names = tuple(tensors)
+    shared = _shared_by_devices(
+        lambda *values: function(dict(zip(names, values, strict=True))),
+        tuple(_AXES[name] for name in names),
+        tuple(_AXES[name] for name in found),
+    )
+    call = custom_batching.custom_vmap(shared)
+
+    @call.def_vmap
+    def rule(size, is_mapped, *values):
+        values = (
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, mapped in zip(values, is_mapped, strict=True)
+        )
+        given = dict(zip(names, values, strict=True))
+        rows = given["query"].shape[1]
+        for_all = "bias" in given and given["bias"].shape[1] == 1 != rows
+        if for_all:
+            shape = (size, rows, *given["bias"].shape[2:])
+            given["bias"] = jnp.broadcast_to(given["bias"], shape)
+        merged = {
+            name: x.reshape(size * rows, *x.shape[2:]) for name, x in given.items()
+        }
+        results = dict(zip(found, as_one_call(function, merged, found), strict=True))
+        results = {
+            name: x.reshape(size, rows, *x.shape[1:]) for name, x in results.items()
+        }
+        if for_all and "bias" in results:
+            results["bias"] = jnp.sum(results["bias"], axis=1, keepdims=True)
+        return tuple(results.values()), (True,) * len(found)
+
+    return call(*tensors.values())
+
+
+def _shared_by_devices(function, inputs, outputs):
+    """Returns a function as XLA can share it among devices.
+
+    Args:
+        function: Takes and returns tensors.
+        inputs: The axes of each tensor that it takes.
         outputs: The axes of each that it returns.
     """
     if not is_needed():
