@@ -1,4 +1,4 @@
-"""Which kernel of cuDNN's there is to be had: the machine's, or another's.
+"""Which kernels there are to be had on a GPU: the machine's, or another's.
 
 A program may be lowered for a GPU on a machine that has none (`jax.export`). What will
 run it cannot be asked. Then the least is assumed that JAX itself, in the versions that
@@ -17,17 +17,24 @@ _WIDEST, _WIDEST_ON_HOPPER = 128, 256
 def refusal() -> str | None:
     """Returns why this machine's GPU has no such kernel, or `None` if it has, or if
     there is no GPU to ask."""
-    device = _gpu()
-    if device is None:
+    if _gpu() is None:
         return None
-    if _capability(device) < (8, 0):
-        return "cuDNN's kernel takes GPUs from compute capability 8.0 on"
+    if (too_old := refusal_of_capability()) is not None:
+        return too_old
     version = _version()
     if version is None:
         return "no cuDNN was found"
     if version < _OLDEST:
         return f"cuDNN's kernel is taken from version 9.2 on, and here is {version}"
     return None
+
+
+def refusal_of_capability() -> str | None:
+    """Returns why this machine's GPU is too old for kernels of half types, if it is."""
+    device = _gpu()
+    if device is None or _capability(device) >= (8, 0):
+        return None
+    return "fused kernels are for GPUs from compute capability 8.0 on"
 
 
 def widest() -> int:

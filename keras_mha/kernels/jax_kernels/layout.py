@@ -136,7 +136,6 @@ def for_gradient(
     )
     if seen is not None:
         sums = jnp.where(seen, sums, NO_SUM)
-        d_output = _zero_unless(seen, d_output)
     output, d_output = (
         padded(padded(x, 3, width), 1, length) for x in (output, d_output)
     )
