@@ -393,6 +393,46 @@ def test_a_hidden_key_has_no_weight_at_any_scale(scale, cudnn):
     assert (lse[:, :, :5] == np.inf).all() and np.isfinite(lse[:, :, 5:]).all()
 
 
+@pytest.mark.parametrize("scale", [2.0**-12, 2.0**-9, 0.05, 1.0, 3.0, 2.0**12])
+def test_a_hidden_keys_score_is_low_but_no_lower_than_sums_can_bear(scale):
+    from keras_mha.kernels.jax_kernels.layout import hiding_exponent
+
+    exponent = hiding_exponent(scale)
+    assert exponent <= 30  # two factors that float16 has
+    assert 2.0**18 <= scale * 2.0**exponent <= 2.0**24
+
+
+LENGTHS_OF_KEYS = {
+    "right": (RIGHT, True),
+    "right, one sees nothing": (j < np.array([[0], [6]]), True),
+    "left": (LEFT, False),
+    "anywhere": (ANYWHERE, False),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS_OF_KEYS.values(), ids=LENGTHS_OF_KEYS.keys())
+def test_heads_too_wide_for_one_more_feature_need_padding_on_the_right(
+    case, cudnn, monkeypatch
+):
+    import jax
+
+    from keras_mha.kernels.jax_kernels import cudnn_machine
+
+    valid, is_right = case
+    monkeypatch.setattr(cudnn_machine, "widest", lambda: H)
+    forward, ran = cudnn.blockwise.forward, []
+
+    def tiles(*arguments):
+        jax.debug.callback(lambda: ran.append("tiles"))
+        return forward(*arguments)
+
+    monkeypatch.setattr(cudnn.blockwise, "forward", tiles)
+    seen = (j <= i) & keys(valid)
+    check(cudnn, masks.Causal() & masks.Padding(to_tensor(valid)), seen, {})
+    jax.effects_barrier()
+    assert ran == ([] if is_right else ["tiles"])
+
+
 @pytest.mark.parametrize(
     "name", ["padding, causal", "bias of a plane", "padding alone"]
 )
@@ -501,15 +541,18 @@ REFUSED = {
         {"bias": zeros(1, 1, 6, 6), "mask": masks.Causal() & masks.SlidingWindow(2)},
         "no window beside",
     ),
-    "causal padding of wide heads": (
+    "window, padding, wide heads": (
         symbolic(width=128),
-        {"mask": masks.Causal() & masks.Padding(SOME)},
-        "one more feature",
+        {"mask": masks.Causal() & masks.SlidingWindow(2) & masks.Padding(SOME)},
+        "hides no keys beside a window",
     ),
-    "negative scale": (
+    "booleans, padding, negative scale": (
         symbolic(),
-        {"mask": masks.Causal() & masks.Padding(SOME), "scale": -1.0},
-        "scale of -1",
+        {
+            "mask": masks.Dense(np.ones((6, 6), bool)) & masks.Padding(SOME),
+            "scale": -1.0,
+        },
+        "hides no keys beside a window, a bias or booleans",
     ),
 }
 
@@ -524,7 +567,12 @@ def test_what_it_does_not_take(case):
 
 @pytest.mark.parametrize(
     ("options", "batch"),
-    [({}, None), ({"mask": masks.Padding(SOME)}, 2), ({"scale": -1.0}, 2)],
+    [
+        ({}, None),
+        ({"mask": masks.Padding(SOME)}, 2),
+        ({"mask": masks.Causal() & masks.Padding(SOME)}, 2),
+        ({"mask": masks.Causal() & masks.Padding(SOME), "scale": -1.0}, 2),
+    ],
 )
 def test_what_it_takes(options, batch):
     from keras_mha.kernels.jax_kernels import cudnn
@@ -679,6 +727,18 @@ def test_programs_for_gpus_call_it(case):
     # Grouped heads are not repeated, and the sums stay in float32.
     assert "tensor<2x304x4x" not in program and "tensor<2x272x4x24xbf16>" in program
     assert "tensor<2x4x272xf32>" in program
+
+
+def test_programs_ask_for_padding_on_the_right_where_heads_are_too_wide():
+    x = to_tensor(np.zeros((2, 40, 4, 128)), "bfloat16")
+    mask = masks.Causal() & masks.Padding(to_tensor(np.ones((2, 40), bool)))
+
+    def attend(x):
+        return keras_mha.dot_product_attention(x, x, x, mask=mask)
+
+    program = exported(attend, x)
+    assert calls_of(program) == [("fmhaSoftmax", "PADDING_CAUSAL", "0")]
+    assert "stablehlo.case" in program
 
 
 def test_the_gradient_of_a_bias_of_all_rows_comes_of_tiles_if_it_would_be_large(

@@ -10,9 +10,11 @@ every other mask is said in another way:
   a key that is seen and `-b` in one that is not. With `scale * a * b` of some millions
   the weight of a hidden key is exactly 0, as long as no two scores of a row are as far
   apart; and to the score of a key that is seen, exactly 0 is added.
+- Where heads are too wide for one more: those that are seen are counted if they are the
+  first, which is looked at when the program runs; else tiles run.
 - Booleans that the caller gave for all pairs become a bias.
 - Queries that see nothing are found beforehand: cuDNN's numbers of such rows are not
-  looked at, and its gradient gets zeros and an infinite sum there.
+  looked at, and its gradient gets a sum there against which all weights are 0.
 
 A sink joins the softmax afterwards, of which the rows' sum is all that is to be known;
 with it the sum, the kernel's gradient is that of the softmax with the sink.
@@ -38,7 +40,6 @@ from keras_mha.kernels.jax_kernels.layout import (
     finished,
     for_gradient,
     gradient_of_sink,
-    hiding_exponent,
 )
 from keras_mha.kernels.jax_kernels.mask_parts import dense_shape, named, parted
 from keras_mha.kernels.problem import MIXES_HEADS, Problem, undivided
@@ -98,11 +99,13 @@ def _refusal_of_mask(call):
             return "cuDNN's kernel takes no window beside a bias or booleans"
         if rows > columns:
             return "cuDNN's windows take no more queries than keys"
-    if way_to_hide(parts, call.bias is not None) == "by a feature":
-        if call.query.shape[3] + 1 > cudnn_machine.widest():
-            return "hidden keys take one more feature than cuDNN's heads can have"
-        if not hiding_exponent(call.scale):
-            return f"with a scale of {call.scale:g} cuDNN's kernel would see every key"
+    if parts.keys:
+        width, has_bias = call.query.shape[3], call.bias is not None
+        if way_to_hide(parts, has_bias, width, call.scale) is None:
+            return (
+                "with these widths and this scale cuDNN's kernel hides no keys beside "
+                "a window, a bias or booleans"
+            )
     return None
 
 
@@ -138,6 +141,18 @@ def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
         exponentials, shape `(B, K, 1, G, T)`, infinite where a row sees nothing.
     """
     arguments = arguments_of(problem, tensors)
+    return _if_it_holds(
+        arguments.holds,
+        lambda: _forward(arguments, tensors),
+        lambda: blockwise.forward(problem, tensors),
+    )
+
+
+def _if_it_holds(holds, function, otherwise):
+    return function() if holds is None else jax.lax.cond(holds, function, otherwise)
+
+
+def _forward(arguments, tensors):
     output, sums = cudnn_primitives.attend(
         arguments.kernel,
         *arguments.arrange(tensors["query"], tensors["key"], tensors["value"]),
@@ -166,10 +181,18 @@ def backward(
         lse: What `forward` returned.
         d_output: The gradient of the output.
     """
-    of_bias = "bias" in problem.differentiable
-    if of_bias and not _holds_scores_for_bias(tensors):
+    if "bias" in problem.differentiable and not _holds_scores_for_bias(tensors):
         return blockwise.backward(problem, tensors, output, lse, d_output)
     arguments = arguments_of(problem, tensors)
+    return _if_it_holds(
+        arguments.holds,
+        lambda: _backward(arguments, problem, tensors, output, lse, d_output),
+        lambda: blockwise.backward(problem, tensors, output, lse, d_output),
+    )
+
+
+def _backward(arguments, problem, tensors, output, lse, d_output):
+    of_bias = "bias" in problem.differentiable
     tokens = tensors["query"], tensors["key"], tensors["value"]
     tokens, back = jax.vjp(arguments.arrange, *tokens)
     if of_bias:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_mha._keras import Tensor, dtype_name
+from keras_mha.kernels.jax_kernels import cudnn_machine
 from keras_mha.kernels.jax_kernels.cudnn_primitives import Kernel
 from keras_mha.kernels.jax_kernels.layout import (
     hiding_exponent,
@@ -17,6 +19,7 @@ from keras_mha.kernels.jax_kernels.layout import (
     padded,
     positions_first,
     with_hiding_feature,
+    zero_unless,
 )
 from keras_mha.kernels.jax_kernels.mask_parts import (
     MaskParts,
@@ -38,6 +41,14 @@ from keras_mha.masks import whole_tile
 MASKED = {"bfloat16": -(2.0**100), "float16": -65504.0}
 
 
+class Hiding(Enum):
+    """How the kernel is told of keys that are hidden from all queries alike."""
+
+    BY_LENGTH = "those that are seen are put first, and counted"
+    BY_FEATURE = "one more feature takes their scores far below all others"
+    BY_LENGTH_IF_LAST = "those that are seen are counted, if they are the first"
+
+
 @dataclass(frozen=True, eq=False)
 class Arguments:
     """What the kernel is to be given.
@@ -51,6 +62,8 @@ class Arguments:
         lengths: As of `cudnn_primitives.attend`.
         seen: Which queries see anything; booleans that broadcast to `(B, N, T)`,
             `None` for all.
+        holds: Whether this is so, a boolean that is known when the program runs; `None`
+            if it is known to be.
     """
 
     kernel: Kernel
@@ -58,6 +71,7 @@ class Arguments:
     arrange_bias: Callable
     lengths: Tensor | None
     seen: Tensor | None
+    holds: Tensor | None
 
 
 def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
@@ -70,12 +84,17 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
     kept = min(rows, columns) if parts.causal else columns
     has_bias = "bias" in tensors or bool(parts.dense)
     visible = visible_keys(parts.keys, batch, rows, columns)
-    way = way_to_hide(parts, "bias" in tensors)
-    lengths = None
-    if way == "by a length":
+    way = lengths = holds = None
+    if parts.keys:
+        width = tensors["query"].shape[2]
+        way = way_to_hide(parts, "bias" in tensors, width, problem.scale)
+    if way in (Hiding.BY_LENGTH, Hiding.BY_LENGTH_IF_LAST):
         # Where no key is visible cuDNN is to see one. What comes of it is not looked
         # at.
         lengths = jnp.maximum(jnp.sum(visible, axis=1, dtype="int32"), 1)
+    if way is Hiding.BY_LENGTH_IF_LAST:
+        # Of those that are counted, one that is not visible stands where none is.
+        holds = ~jnp.any(visible[:, 1:] & ~visible[:, :-1])
     pad = 2 if has_bias else 1
     arrange = partial(
         _arrange,
@@ -95,15 +114,18 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
     causal = parts.causal and kept > 1
     kernel = Kernel(problem.scale, causal, parts.window if causal else None)
     seen = _seen(parts, visible, mask, tensors)
-    return Arguments(kernel, arrange, arrange_bias, lengths, seen)
+    return Arguments(kernel, arrange, arrange_bias, lengths, seen, holds)
 
 
 def _arrange(query, key, value, *, exponent, visible, way, kept, pad):
     query = positions_first(query)
     key, value = (keys_first(x)[:, :kept] for x in (key, value))
-    if way == "by a feature":
+    if way is Hiding.BY_FEATURE:
         query, key = with_hiding_feature(query, key, visible[:, :kept], exponent)
-    if way == "by a length":
+    if way in (Hiding.BY_LENGTH, Hiding.BY_LENGTH_IF_LAST):
+        # Zeros for those that are not, so that their gradients are zeros too.
+        key, value = (zero_unless(visible[:, :kept], x) for x in (key, value))
+    if way is Hiding.BY_LENGTH:
         key, value = _visible_first(key, visible), _visible_first(value, visible)
     width = multiple(8, max(query.shape[3], value.shape[3]))
     return tuple(
@@ -113,8 +135,6 @@ def _arrange(query, key, value, *, exponent, visible, way, kept, pad):
 
 
 def _visible_first(x, visible):
-    # Zeros for those that are not, so that their gradients are zeros too.
-    x = jnp.where(visible[:, :, None, None], x, jnp.zeros((), x.dtype))
     order = jnp.argsort(~visible, axis=1, stable=True)
     return jax.vmap(
         lambda x, order: x.at[order].get(mode="promise_in_bounds", unique_indices=True)
@@ -155,10 +175,23 @@ def _seen(parts, visible, mask, tensors):
     return both(seen, seeing_queries(parts.queries))
 
 
-def way_to_hide(parts: MaskParts, has_bias: bool) -> str | None:
-    """Returns how the kernel is told of keys that are hidden from all queries: `"by a
-    length"` or `"by a feature"`, `None` where there are none."""
-    if not parts.keys:
-        return None
-    in_order = parts.causal or parts.window or has_bias or parts.dense
-    return "by a feature" if in_order else "by a length"
+def way_to_hide(
+    parts: MaskParts, has_bias: bool, width: int, scale: float
+) -> Hiding | None:
+    """Returns how the kernel is told of keys that are hidden from all queries alike.
+
+    Args:
+        parts: The mask's parts, with such keys.
+        has_bias: Whether the call has a bias.
+        width: How wide the query's heads are.
+        scale: Factor of the dot products.
+
+    Returns:
+        The way; `None` where there is none.
+    """
+    beside = parts.window or has_bias or parts.dense
+    if not (parts.causal or beside):
+        return Hiding.BY_LENGTH
+    if width + 1 <= cudnn_machine.widest() and hiding_exponent(scale):
+        return Hiding.BY_FEATURE
+    return None if beside else Hiding.BY_LENGTH_IF_LAST

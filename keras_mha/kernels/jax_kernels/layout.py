@@ -50,6 +50,12 @@ def padded(x: Any, axis: int, length: int, value: Any = 0) -> Any:
     return jnp.pad(x, padding, constant_values=jnp.asarray(value, x.dtype))
 
 
+def zero_unless(seen: Any, x: Any) -> Any:
+    """Returns `x` with zeros where booleans of its leading axes are not `True`."""
+    seen = seen.reshape(*seen.shape, *(1,) * (x.ndim - seen.ndim))
+    return jnp.where(seen, x, jnp.zeros((), x.dtype))
+
+
 # ------------------------------------------------------------------------ hidden keys
 
 
@@ -93,7 +99,7 @@ def finished(
         groups: Number of key heads.
     """
     if seen is not None:
-        output = _zero_unless(seen, output)
+        output = zero_unless(jnp.swapaxes(seen, 1, 2), output)
         sums = jnp.where(seen, sums, math.inf)
     output = heads_first(output, groups)
     sums = sums.reshape(output.shape[0], groups, 1, *output.shape[3:])
@@ -108,10 +114,6 @@ def _with_sink(output, sums, sink):
     joined = jnp.where(joined == -math.inf, math.inf, joined)
     # Where nothing else is seen the output is 0 already.
     return (output * jnp.exp(sums - joined)).astype(output.dtype), joined
-
-
-def _zero_unless(seen, x):
-    return jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], x, jnp.zeros((), x.dtype))
 
 
 def for_gradient(
