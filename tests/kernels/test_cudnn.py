@@ -649,7 +649,7 @@ def exported(function, *arguments):
     return export(*arguments).mlir_module()
 
 
-def lowered(mask=None, dtype="bfloat16", **options):
+def lowered(mask=None, dtype="bfloat16", implementation="auto", **options):
     """The program, for an NVIDIA GPU, of a call of many tokens and its gradients."""
     import jax
 
@@ -661,7 +661,10 @@ def lowered(mask=None, dtype="bfloat16", **options):
     def step(*tensors):
         def attend(query, key, value, options):
             return keras_mha.dot_product_attention(
-                query, key, value, mask=mask, **options
+                *(query, key, value),
+                mask=mask,
+                implementation=implementation,
+                **options,
             )
 
         output, pull_back = jax.vjp(attend, *tensors, options)
@@ -778,7 +781,7 @@ def test_a_layer_calls_it_where_its_program_is_lowered_for_a_gpu(dtype):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        ("float32", {}),
+        ("float32", {"implementation": "flash"}),
         ("bfloat16", {"mask": masks.SlidingWindow(20)}),
         ("bfloat16", {"mask": masks.Causal() | masks.Prefix(9)}),
     ],
