@@ -45,12 +45,10 @@ NONE = P()
 LAYOUTS = {
     "rows": ((4, 1), 4, 2, ROWS, ROWS, None, NONE),
     "rows, bias for all": ((4, 1), 4, 2, ROWS, ROWS, (1, 1), NONE),
-    "rows, bias of each": ((4, 1), 4, 2, ROWS, ROWS, (B, 1), ROWS),
     "heads": ((1, 4), 4, 4, HEADS, HEADS, None, NONE),
     "rows and heads": ((2, 2), 4, 2, BOTH, BOTH, (1, 4), P(None, "heads")),
     "one key head": ((1, 4), 4, 1, HEADS, NONE, (1, 4), P(None, "heads")),
     "keys not shared": ((2, 2), 4, 2, BOTH, NONE, None, NONE),
-    "fewer key heads than devices": ((1, 4), 4, 2, HEADS, NONE, None, NONE),
     "two devices for a key head": ((1, 4), 8, 2, HEADS, NONE, (1, 8), NONE),
     "positions": ((1, 4), 4, 2, P(None, "heads"), NONE, None, NONE),
 }
