@@ -14,9 +14,12 @@ References:
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from keras_mha._keras import Tensor, dtype_name
+from keras_mha.kernels import backends
+from keras_mha.kernels.backends import jax_manual_axes as manual_axes
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.jax_kernels import splash_blocks, splash_kernel, splash_masks
 from keras_mha.kernels.jax_kernels.splash_kernel import Plan, Tensors
@@ -36,8 +39,22 @@ def refusal(call: AttentionCall) -> str | None:
         return "this version of jax has another splash attention"
     if call.mixes_heads:
         return MIXES_HEADS
-    reason = _refusal_of_options(call) or undivided(call) or _refusal_of_shapes(call)
-    return reason or splash_masks.refusal(call.mask)
+    return (
+        _refusal_of_devices()
+        or _refusal_of_options(call)
+        or undivided(call)
+        or _refusal_of_shapes(call)
+        or splash_masks.refusal(call.mask)
+    )
+
+
+def _refusal_of_devices():
+    if backends.current().device_count() > 1:
+        return "the compiler shares no kernel out over devices"
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and manual_axes.varying(jax.lax.axis_index(manual[0])):
+        return "jax's kernels do not say to jax.shard_map what varies (check_vma=True)"
+    return None
 
 
 def _refusal_of_options(call):

@@ -43,9 +43,9 @@ def _block(length, most):
 
 
 def padded_width(width: int) -> int:
-    """Returns the features that the kernel is given for heads of a width."""
-    # Halves of a register are left as they are, as many models have them.
-    return round_up(width, LANES // 2) if width <= LANES else round_up(width, LANES)
+    """Returns how many features the kernel is given for heads of a width."""
+    # It takes any, but others than these (64, 128, 192 ...) are hardly ever used.
+    return round_up(width, LANES // 2)
 
 
 def round_up(length: int, factor: int) -> int:

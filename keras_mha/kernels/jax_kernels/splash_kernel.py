@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels.jax_kernels import splash_blocks
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
             )
             found["block_mask"], found["data_next"] = getattr(visits, direction)
             rows = splash_blocks.round_up(self.rows, self.cut.rows)
-            found["q_sequence"] = np.arange(rows, dtype=np.int32)
+            found["q_sequence"] = jnp.arange(rows, dtype=jnp.int32)
         return _jax_kernel().mask_info_lib.MaskInfo(**found)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Literal
 from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
@@ -32,12 +33,15 @@ from keras_mha.masks import (
 )
 
 # What a user's function may do with positions: what has one result for every pair, of
-# whole numbers and booleans, which the kernel's compiler knows.
-_ELEMENTWISE = (
+# whole numbers and booleans, and what the kernel's compiler knows for these types.
+_OF_NUMBERS = (
     *("add", "sub", "mul", "div", "rem", "neg", "abs", "sign", "max", "min", "clamp"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "not", "select_n"),
+    *("square", "integer_pow", "lt", "le", "gt", "ge"),
     *("shift_left", "shift_right_arithmetic", "shift_right_logical"),
-    *("broadcast_in_dim", "convert_element_type", "copy", "stop_gradient"),
+)
+_OF_BOTH = (
+    *("eq", "ne", "and", "or", "xor", "not"),
+    *("select_n", "broadcast_in_dim", "convert_element_type", "stop_gradient"),
 )
 _CALLS = ("jit", "pjit", "closed_call")
 _SAMPLE = (8, 128)  # the shape of positions that it is tried with
@@ -195,6 +199,12 @@ class PositionFunction:
 
     def __call__(self, rows: Any, columns: Any) -> Any:
         """Returns booleans for positions of queries and keys, all of one shape."""
+        program = jax.make_jaxpr(self.allowed)(rows, columns)
+        (allowed,) = _run(program, (rows, columns))
+        return allowed
+
+    def allowed(self, rows: Any, columns: Any) -> Any:
+        """Returns the same, by whatever operations the mask is written with."""
         allowed = None
         if self.parts is not None:
             allowed = jnp.asarray(self.mask.block(_Positions(rows, columns)))
@@ -232,7 +242,7 @@ def positions(found: Split, columns: int | None = None) -> PositionFunction | No
 def _is_elementwise(function):
     index = jax.ShapeDtypeStruct(_SAMPLE, jnp.int32)
     try:
-        program = jax.make_jaxpr(function)(index, index)
+        program = jax.make_jaxpr(function.allowed)(index, index)
     except Exception:  # a user's function may raise anything of what it is not made for
         return False
     (result,) = program.out_avals
@@ -240,26 +250,43 @@ def _is_elementwise(function):
         not program.consts
         and result.shape == _SAMPLE
         and result.dtype == bool
-        and _all_elementwise(program.jaxpr)
+        and all(map(_is_known, program.jaxpr.eqns))
     )
 
 
-def _all_elementwise(program):
-    return all(map(_is_known, program.eqns))
-
-
 def _is_known(step):
-    kinds = [x.aval for x in (*step.invars, *step.outvars)]
-    if not all(
-        kind.shape in ((), _SAMPLE) and kind.dtype in (jnp.int32, jnp.bool_)
-        for kind in kinds
-    ):
+    name, kinds = step.primitive.name, [x.aval for x in step.invars]
+    if name in _CALLS:
+        inner = step.params["jaxpr"]
+        return not inner.consts and all(map(_is_known, inner.jaxpr.eqns))
+    types = [str(kind.dtype) for kind in kinds]
+    if not all(kind.shape in ((), _SAMPLE) for kind in kinds):
         return False
-    name = step.primitive.name
-    if name not in _CALLS:
-        return name in _ELEMENTWISE
-    inner = step.params.get("jaxpr", step.params.get("call_jaxpr"))
-    return not getattr(inner, "consts", ()) and _all_elementwise(inner.jaxpr)
+    if name == "select_n" and types.pop(0) != "bool":
+        return False
+    known = ("int32",) if name in _OF_NUMBERS else ("int32", "bool")
+    return name in _OF_NUMBERS + _OF_BOTH and all(kind in known for kind in types)
+
+
+def _run(program, values):
+    """Runs steps that `_is_known` knows, one after the other."""
+    found = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    found |= zip(program.jaxpr.invars, values, strict=True)
+
+    def value(x):
+        return x.val if isinstance(x, Literal) else found[x]
+
+    for step in program.jaxpr.eqns:
+        given = [value(x) for x in step.invars]
+        if step.primitive.name in _CALLS:
+            results = _run(step.params["jaxpr"], given)
+        elif step.primitive.name == "sign":
+            # jax lowers it by the TPU that it finds, and finds none on other machines.
+            results = [(given[0] > 0).astype("int32") - (given[0] < 0).astype("int32")]
+        else:
+            results = [step.primitive.bind(*given, **step.params)]
+        found |= zip(step.outvars, results, strict=True)
+    return [value(x) for x in program.jaxpr.outvars]
 
 
 # ------------------------------------------------------------------- segment ids
