@@ -33,6 +33,12 @@ _WHOLE = 512  # Up to so many rows one call is not slower than slices.
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why torch's kernel cannot run this call, or `None` if it can."""
+    if call.dropout > 0:
+        return "the fused kernel's dropout does not follow the layer's seed"
+    if call.logit_soft_cap is not None:
+        return "the fused kernel has no soft cap"
+    if call.sink is not None:
+        return "the fused kernel has no sink"
     # For a few rows torch itself takes another path, with all scores.
     weights = (call.bias, *split_tensors(call.position_bias)[1])
     is_trained = any(getattr(weight, "requires_grad", False) for weight in weights)

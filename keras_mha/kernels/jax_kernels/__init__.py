@@ -1,1 +1,5 @@
-"""Kernels that JAX brings for devices other than a CPU, each in a module of its own."""
+"""Kernels that JAX ships for some kind of device.
+
+Each module here offers `refusal(call)`, and `forward` and `backward` as `blockwise` has
+them.
+"""
