@@ -14,14 +14,16 @@ References:
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from keras_mha._keras import Tensor, dtype_name
-from keras_mha.kernels import backends
-from keras_mha.kernels.backends import jax_manual_axes as manual_axes
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.jax_kernels import splash_blocks, splash_kernel, splash_masks
+from keras_mha.kernels.jax_kernels import (
+    splash_blocks,
+    splash_kernel,
+    splash_masks,
+    splash_sharding,
+)
 from keras_mha.kernels.jax_kernels.splash_kernel import Plan, Tensors
 from keras_mha.kernels.masking import LOWEST
 from keras_mha.kernels.parts import join_tensors
@@ -40,21 +42,12 @@ def refusal(call: AttentionCall) -> str | None:
     if call.mixes_heads:
         return MIXES_HEADS
     return (
-        _refusal_of_devices()
-        or _refusal_of_options(call)
+        _refusal_of_options(call)
         or undivided(call)
         or _refusal_of_shapes(call)
+        or splash_sharding.refusal(call.query.shape[0], call.key.shape[2])
         or splash_masks.refusal(call.mask)
     )
-
-
-def _refusal_of_devices():
-    if backends.current().device_count() > 1:
-        return "the compiler shares no kernel out over devices"
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and manual_axes.varying(jax.lax.axis_index(manual[0])):
-        return "jax's kernels do not say to jax.shard_map what varies (check_vma=True)"
-    return None
 
 
 def _refusal_of_options(call):

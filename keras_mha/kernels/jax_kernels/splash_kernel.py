@@ -13,10 +13,10 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from keras_mha._keras import Tensor
-from keras_mha.kernels.jax_kernels import splash_blocks
+from keras_mha.kernels.jax_kernels import splash_blocks, splash_sharding
 from keras_mha.kernels.jax_kernels.splash_masks import PositionFunction
 
 _interpret: ContextVar[bool] = ContextVar("interpret", default=False)
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
             )
             found["block_mask"], found["data_next"] = getattr(visits, direction)
             rows = splash_blocks.round_up(self.rows, self.cut.rows)
-            found["q_sequence"] = jnp.arange(rows, dtype=jnp.int32)
+            found["q_sequence"] = np.arange(rows, dtype=np.int32)
         return _jax_kernel().mask_info_lib.MaskInfo(**found)
 
 
@@ -139,12 +139,23 @@ class Tensors(NamedTuple):
         ids = None if self.ids is None else _jax_kernel().SegmentIds(*self.ids)
         return self.query, self.key, self.value, ids, self.sink
 
+    @property
+    def leads(self) -> tuple[Any, ...]:
+        """What the first axes of the arguments are; see `splash_sharding`."""
+        ids = None if self.ids is None else _jax_kernel().SegmentIds("batch", "batch")
+        return "both", "both", "both", ids, None if self.sink is None else "heads"
+
 
 def _of_each_row(function, tensors, *others):
-    """Runs `function(*arguments, *others)` of every row of the batch."""
-    axes = (0, 0, 0, None if tensors.ids is None else 0, None)
-    run = jax.vmap(function, in_axes=(*axes, *(0,) * len(others)))
-    return run(*tensors.arguments, *others)
+    """Runs `function(*arguments, *others)` of every row of the batch, each device those
+    and the heads that it has."""
+    arguments = *tensors.arguments, *others
+    leads = *tensors.leads, *("both",) * len(others)
+    axes = *(0,) * 3, None if tensors.ids is None else 0, None, *(0,) * len(others)
+    run = jax.vmap(function, in_axes=axes)
+    batch, key_heads = tensors.key.shape[:2]
+    shared = splash_sharding.sharing(batch, key_heads)
+    return run(*arguments) if shared is None else shared.run(run, arguments, leads)
 
 
 def forward(plan: Plan, tensors: Tensors) -> tuple[Tensor, Tensor]:
