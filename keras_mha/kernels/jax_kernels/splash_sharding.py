@@ -85,6 +85,8 @@ def _find(batch: int, key_heads: int) -> Sharing | str:
             "several devices share a kernel of jax's where keras.distribution says how"
         )
     mesh = distribution.device_mesh.backend_mesh
+    if mesh.size != backends.current().device_count():
+        return "the program is not for the devices that keras.distribution is set to"
     if key_heads % mesh.shape.get(heads, 1):
         return "the key heads do not divide by the devices that share heads"
     shared = distribution.batch_dim_name
