@@ -36,6 +36,7 @@ distribution = keras.distribution
 DEVICES = np.array(jax.devices())
 MESHES = {
     "batch": Mesh(DEVICES, ("batch",)),
+    "half of them": Mesh(DEVICES[:4], ("batch",)),
     "batch and heads": Mesh(DEVICES.reshape(2, 4), ("batch", "model")),
 }
 RNG = np.random.default_rng(0)
@@ -140,6 +141,7 @@ if __name__ == "__main__":
         "within shard_map": program(None, "batch", within_shard_map(False)),
         "nothing says how": program(None, "batch"),
         "others' layouts": program(OTHER_LAYOUTS, "batch and heads"),
+        "other devices": program(DATA, "half of them"),
         "few key heads": program(OWN_LAYOUTS, "batch", key_heads=2),
         "within shard_map that checks": program(None, "batch", within_shard_map(True)),
     }

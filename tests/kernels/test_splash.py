@@ -125,10 +125,10 @@ CASES = {
         j <= i - 150,
     ),
     "rows before all keys": ({}, {"mask": lambda: masks.Causal(-150)}, j <= i - 150),
-    "a negative scale": (
+    "not causal, a negative scale": (
         {},
-        {"mask": lambda: masks.Causal(), "scale": -0.3},
-        j <= i,
+        {"mask": lambda: ~masks.Causal(100), "scale": -0.3},
+        j > i + 100,
     ),
 }
 

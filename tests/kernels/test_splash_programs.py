@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_mha
 from keras_mha import masks
 from keras_mha.biases import Slopes
 from keras_mha.kernels import backends
@@ -88,6 +89,37 @@ def test_the_kernel_is_in_the_program_and_no_matrix_of_pairs(name):
     assert max(sizes) <= B * N * 1600 * 128
     # Keys and values are not repeated for the query heads that share them.
     assert not {shape for shape in shapes_of(text) if shape[:3] == (B, N, 1600)}
+
+
+def test_the_layer_has_the_kernel_in_mixed_precision():
+    import jax
+
+    layer = keras_mha.MultiHeadAttention(
+        *(4, 64), sliding_window=300, num_key_value_heads=2, dtype="mixed_bfloat16"
+    )
+    layer.build((2, 1024, 256))
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    def loss(weights, x, mask):
+        output, _ = layer.stateless_call(
+            *(weights, [], x),
+            query_mask=mask,
+            value_mask=mask,
+            use_causal_mask=True,
+            training=True,
+        )
+        return (output.astype("float32") ** 2).sum()
+
+    inputs = (
+        jax.ShapeDtypeStruct((2, 1024, 256), "bfloat16"),
+        jax.ShapeDtypeStruct((2, 1024), "bool"),
+    )
+    exported = jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])
+    text = exported(weights, *inputs).mlir_module()
+    assert text.count("@tpu_custom_call") == 3
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and not any(re.search(r": \(.*xf32>", line) for line in products)
+    assert not {shape for shape in shapes_of(text) if shape[-2:] == (1024, 1024)}
 
 
 def test_what_needs_no_gradient_runs_no_kernel_for_it():

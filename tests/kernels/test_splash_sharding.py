@@ -21,7 +21,7 @@ PARTS = {
     "within shard_map": "8x",
 }
 IN_TILES = (
-    *("nothing says how", "others' layouts", "few key heads"),
+    *("nothing says how", "others' layouts", "other devices", "few key heads"),
     "within shard_map that checks",
 )
 SENDS = {"data": ["all-reduce"], "own layouts": ["all-reduce"]}

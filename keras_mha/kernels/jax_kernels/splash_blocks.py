@@ -12,8 +12,9 @@ from keras_mha.kernels.jax_kernels.splash_masks import PositionFunction
 from keras_mha.masks import Tile
 
 LANES = 128  # blocks are multiples of what a TPU's registers hold side by side
-BLOCK = 512  # at most so many queries and keys: what others measured as fast
-BLOCK_OF_WIDE_HEADS = 256  # what the kernel holds of heads of more than 128 features
+# At most so many queries and keys: what MaxText trains with, and what fits a core's
+# memory where heads are wider than 128 features.
+BLOCK, BLOCK_OF_WIDE_HEADS = 512, 256
 # So many pairs of positions are worked out to find empty blocks of users' functions;
 # in a longer sequence all blocks are visited of which `status` does not say better.
 MOST_PAIRS = 2**30

@@ -43,7 +43,7 @@ _OF_BOTH = (
     *("eq", "ne", "and", "or", "xor", "not"),
     *("select_n", "broadcast_in_dim", "convert_element_type", "stop_gradient"),
 )
-_CALLS = ("jit", "pjit", "closed_call")
+_CALLS = ("jit", "pjit")
 _SAMPLE = (8, 128)  # the shape of positions that it is tried with
 
 # Others might be cut when they become int32.
@@ -146,7 +146,7 @@ def refusal(mask: Mask | None) -> str | None:
     found = split(mask)
     if found.others:
         name = type(found.others[0]).__name__
-        return f"splash attention takes no {name} that holds data of pairs"
+        return f"splash attention takes no {name} that is of more than positions"
     if len(found.segments) > 1:
         return "splash attention takes one kind of segments"
     for segments in found.segments:
@@ -313,9 +313,8 @@ def segment_ids(
     if found.queries:
         if found.segments:
             hidden_query = unused_number(keys)
-        queries = jnp.where(
-            _all_of(found.queries, queries.shape), queries, hidden_query
-        )
+        see = _all_of(found.queries, queries.shape)
+        queries = jnp.where(see, queries, hidden_query)
     return queries, keys
 
 
