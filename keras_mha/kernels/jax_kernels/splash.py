@@ -141,7 +141,8 @@ def _prepared(problem: Problem, tensors: dict[str, Any]) -> tuple[Plan, Tensors]
     mask = splash_masks.split(join_tensors(problem.mask, tensors["mask"]))
     function = splash_masks.positions(mask, columns if missing_columns else None)
     plan = Plan(function, rows, columns, cut, problem.logit_soft_cap)
-    # Not the scores but the query is scaled: exactly, if the scale is a power of two.
+    # The kernel has no place for a scale. Times one that is a power of two the query
+    # stays what it is; times another, a half query is rounded once more.
     query = (_rows_first(query).astype("float32") * problem.scale).astype(query.dtype)
     key, value = (jnp.swapaxes(x, 2, 3) for x in (key, value))
     ids = splash_masks.segment_ids(mask, batch, rows, columns)

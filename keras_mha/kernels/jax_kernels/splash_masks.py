@@ -282,7 +282,8 @@ def _run(program, values):
             results = _run(step.params["jaxpr"], given)
         elif step.primitive.name == "sign":
             # jax lowers it by the TPU that it finds, and finds none on other machines.
-            results = [(given[0] > 0).astype("int32") - (given[0] < 0).astype("int32")]
+            x = jnp.asarray(given[0])
+            results = [(x > 0).astype("int32") - (x < 0).astype("int32")]
         else:
             results = [step.primitive.bind(*given, **step.params)]
         found |= zip(step.outvars, results, strict=True)
