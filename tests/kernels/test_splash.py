@@ -44,6 +44,8 @@ def interpreted():
         return
     from keras_mha.kernels.jax_kernels import splash_blocks, splash_kernel
 
+    if not splash_kernel.is_as_known():
+        pytest.skip("this version of jax has another splash attention")
     with pytest.MonkeyPatch.context() as patch, splash_kernel.interpreted():
         patch.setattr(splash_blocks, "BLOCK", 128)
         yield

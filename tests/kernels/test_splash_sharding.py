@@ -41,7 +41,10 @@ def found():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found is None:
+        pytest.skip("this version of jax has another splash attention")
+    return found
 
 
 @pytest.mark.parametrize("name", [*SENDS, "one device under a distribution"])
