@@ -183,7 +183,7 @@ def below_a_tensor():
 
 REFUSED_MASKS = {
     "tensor found elsewhere": (below_a_tensor, PAIR),
-    "matrix": (lambda: masks.Dense(MATRIX), "Dense"),
+    "matrix": (lambda: masks.Dense(MATRIX), "all pairs"),
     "user's": (lambda: OwnBlocks(), "OwnBlocks"),
     "padding or causal": (lambda: masks.Padding(MATRIX[:1]) | masks.Causal(), "Or"),
     "not padding": (lambda: ~masks.Padding(MATRIX[:1]), "Not"),

@@ -141,12 +141,17 @@ def refusal(mask: Mask | None) -> str | None:
     """Returns why splash attention cannot take a mask, or `None` if it can."""
     if mask is None:
         return None
+    of_pairs = "splash attention takes no booleans of all pairs"
     if not isinstance(mask, Mask):
-        return "splash attention takes no mask of all pairs"
+        return of_pairs
     found = split(mask)
     if found.others:
-        name = type(found.others[0]).__name__
-        return f"splash attention takes no {name} that is of more than positions"
+        kind = type(found.others[0])
+        if kind is Dense:
+            return of_pairs
+        return (
+            f"splash attention takes no {kind.__name__} that is of more than positions"
+        )
     if len(found.segments) > 1:
         return "splash attention takes one kind of segments"
     for segments in found.segments:
