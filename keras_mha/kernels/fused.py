@@ -31,13 +31,14 @@ def refusal(call: AttentionCall) -> str | None:
         return "the fused kernel does not return the rows' sums"
     if call.return_scores:
         return "the fused kernel does not return the scores"
-    if call.dropout > 0:
-        return "the fused kernel's dropout does not follow the layer's seed"
-    if call.logit_soft_cap is not None:
-        return "the fused kernel has no soft cap"
-    if call.sink is not None:
-        return "the fused kernel has no sink"
     return _KERNEL.refusal(call)
+
+
+def reason(call: AttentionCall) -> str:
+    """Returns why a call that is not refused goes to the fused kernel, and which."""
+    if hasattr(_KERNEL, "reason"):
+        return _KERNEL.reason(call)
+    return "the backend's own kernel can run the call"
 
 
 def refusal_of_parts(call: AttentionCall) -> str | None:

@@ -11,6 +11,12 @@ _WIDTHS = range(8, 129, 8)
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why cuDNN cannot run this call, or `None` if it can."""
+    if call.dropout > 0:
+        return "the fused kernel's dropout does not follow the layer's seed"
+    if call.logit_soft_cap is not None:
+        return "the fused kernel has no soft cap"
+    if call.sink is not None:
+        return "the fused kernel has no sink"
     if not _has_cudnn():
         return "no fused kernel on the jax backend without an NVIDIA GPU"
     if dtype_name(call.query) not in ("float16", "bfloat16"):
