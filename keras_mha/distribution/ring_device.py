@@ -230,7 +230,9 @@ class Device:
             position_bias=bias,
             position_tensors=tuple(held),
             differentiable=tuple(self.differentiable),
-            groups_at_once=groups_at_once(tensors["query"], part.heads, groups),
+            groups_at_once=groups_at_once(part.heads, groups)
+            if self.problem.device == "cpu"
+            else None,
         )
         return problem, tensors
 

@@ -38,8 +38,16 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import Attended, AttentionCall
+from keras_mha.kernels.half_products import times
 from keras_mha.kernels.masking import LOWEST
-from keras_mha.kernels.problem import MIXES_HEADS, Problem, prepared, undivided
+from keras_mha.kernels.problem import (
+    MIXES_HEADS,
+    Problem,
+    positions_first,
+    prepared,
+    undivided,
+)
+from keras_mha.kernels.thresholds import few_scores
 from keras_mha.kernels.tile_scores import TileScores
 from keras_mha.kernels.walk import Place
 from keras_mha.kernels.whole import whole
@@ -56,14 +64,11 @@ def refusal(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Attended:
     """Runs one call of attention."""
-    batch, rows, heads, _ = ops.shape(call.query)
-    shape = (batch, rows, heads, call.value.shape[3])
     problem, tensors = prepared(call)
     output = backends.current().with_gradient(
         forward, backward, whole, problem, tensors
     )
-    output = ops.transpose(output, (0, 4, 1, 3, 2))  # (B, T, K, G, V)
-    return Attended(ops.reshape(output, shape))
+    return Attended(positions_first(output))
 
 
 def _by_length(
@@ -75,7 +80,7 @@ def _by_length(
     if isinstance(rows, int) and isinstance(columns, int):
         return function(problem, tensors, *others)
     in_one_tile = replace(problem, groups_at_once=None, tile=None)
-    most_rows = (backend.FEW_SCORES - 1) // larger(columns, 1)
+    most_rows = (few_scores(problem.device) - 1) // larger(columns, 1)
     return backend.either(
         rows <= most_rows,  # rows * columns might not fit into 32 bits
         lambda: function(in_one_tile, tensors, *others),
@@ -123,7 +128,7 @@ def _forward(problem, tensors):
 def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
     """Returns the output `(*lead, V, G, rows)` and lse `(*lead, 1, G, rows)`."""
     walk, tensors = scores.walk, scores.tensors
-    query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
+    query = scores.query(row)
 
     def step(place, allowed, state):
         top, total, sums = state
@@ -176,9 +181,9 @@ def backward(
 
 def _backward(problem, tensors, output, lse, d_output):
     dtype = dtype_name(at_least_float32(tensors["query"][:0]))
-    d_output = ops.cast(d_output, dtype)
     # What the softmax takes from every logit's gradient, one number a row.
-    share = ops.sum(d_output * ops.cast(output, dtype), axis=2, keepdims=True)
+    share = ops.cast(d_output, dtype) * ops.cast(output, dtype)
+    share = ops.sum(share, axis=2, keepdims=True)
     tensors = tensors | {"lse": lse, "d_output": d_output, "share": share}
     scores = TileScores(problem, tensors)
     walk = scores.walk
@@ -186,7 +191,8 @@ def _backward(problem, tensors, output, lse, d_output):
     def visit_row(row, results):
         d_queries, *others = results
         d_query, *others = _differentiate_rows(scores, row, others)
-        return walk.put_rows(d_queries, row, d_query * problem.scale), *others
+        d_query = d_query * scores.factors_of_scale[0]
+        return walk.put_rows(d_queries, row, d_query), *others
 
     results = (
         walk.row_tiles(tensors["query"].shape[2], dtype),
@@ -222,9 +228,9 @@ def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
     """Returns the rows' gradient of the scaled query, `(*lead, H, G, rows)`, and the
     results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
-    query = walk.cut_rows(tensors["query"], row) * scores.problem.scale
-    d_output = walk.cut_rows(tensors["d_output"], row)
-    kept_d_output = d_output / (1.0 - scores.problem.dropout)
+    query = scores.query(row)
+    early, late = scores.problem.kept_factors
+    d_output = times(walk.cut_rows(tensors["d_output"], row), early)
     lse = walk.cut_rows(tensors["lse"], row)[:, :, 0]
     share = walk.cut_rows(tensors["share"], row)[:, :, 0, ..., None]
 
@@ -234,14 +240,14 @@ def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
         logits, slope = scores.logits(query, place, allowed)
         weights = backend.exp_minus(logits, lse)
         dropped = scores.dropped(place)
-        d_value = backend.to_columns(dropped(weights), kept_d_output)
-        d_weights = backend.scores(kept_d_output, value)
+        d_value = times(backend.to_columns(dropped(weights), d_output), late)
+        d_weights = times(backend.scores(d_output, value), late)
         d_logits = weights * (dropped(d_weights) - share)
         d_bias = ()
         if "bias" in scores.problem.differentiable:
             d_bias = (walk.summed_scores(d_logits, tensors["bias"]),)
         d_bias += scores.position_gradients(place, d_logits)
-        d_scores = d_logits if slope is None else d_logits * slope
+        d_scores = scores.scaled(d_logits if slope is None else d_logits * slope)
         d_query = backend.to_rows(d_scores, key)
         return d_query, backend.to_columns(d_scores, query), d_value, *d_bias
 
@@ -261,4 +267,5 @@ def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
     def visit_tile(place, allowed, sums):
         return add(place, sums, step(place, allowed))
 
-    return walk.for_each_tile(row, visit_tile, (ops.zeros_like(query), *results))
+    zeros = ops.zeros_like(query, dtype=walk.dtype)
+    return walk.for_each_tile(row, visit_tile, (zeros, *results))

@@ -1,13 +1,16 @@
 """One call of attention, as the planner and every kernel see it."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from keras.random import SeedGenerator
 
 from keras_mha._keras import Shape, Tensor
 from keras_mha.biases import Bias
+from keras_mha.kernels import backends
 from keras_mha.masks import Mask
+
+Device = Literal["cpu", "gpu", "tpu", "other"]  # "gpu" is one that runs CUDA
 
 
 class Attended(NamedTuple):
@@ -49,6 +52,8 @@ class AttentionCall:
         seed: Where dropout's random numbers come from.
         return_scores: Whether the caller wants the attention weights.
         return_lse: Whether the caller wants the logarithms of the rows' sums.
+        device: The kind of device to plan and compute for; `None` for that on which the
+            tensors are, or for which their program turns out to be compiled.
     """
 
     query: Tensor
@@ -65,6 +70,12 @@ class AttentionCall:
     seed: int | SeedGenerator | None = None
     return_scores: bool = False
     return_lse: bool = False
+    device: Device | None = None
+
+    @property
+    def device_kind(self) -> Device:
+        """The kind of device that the call runs on, as far as it is known now."""
+        return self.device or backends.current().device_kind(self.query)
 
     @property
     def has_bias(self) -> bool:

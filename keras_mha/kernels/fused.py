@@ -1,14 +1,16 @@
 """Attention by the kernel that the backend ships, where it is exact and faster.
 
-torch's `scaled_dot_product_attention` everywhere, cuDNN through JAX on NVIDIA's GPUs.
-TensorFlow ships none, and on a CPU `jax.nn.dot_product_attention` builds all T x S
-scores, as the reference does.
+torch's `scaled_dot_product_attention` everywhere; through JAX cuDNN on NVIDIA's GPUs,
+and splash attention on TPUs. TensorFlow ships none, and on a CPU
+`jax.nn.dot_product_attention` builds all T x S scores, as the reference does.
 """
 
 import importlib
 
 import keras
 
+from keras_mha._keras import dtype_name
+from keras_mha.kernels import backends, blockwise
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.problem import MIXES_HEADS
 
@@ -50,3 +52,18 @@ def refusal_of_parts(call: AttentionCall) -> str | None:
 def attend(call: AttentionCall) -> Attended:
     """Runs one call of attention."""
     return Attended(_KERNEL.attend(call))
+
+
+def may_be_lowered_for_another(call: AttentionCall) -> bool:
+    """Whether a call's program may turn out to be for a device whose fused kernel is to
+    run short calls too, though that on which it is written has none."""
+    half = dtype_name(call.query) in ("float16", "bfloat16")
+    return half and backends.current().LOWERS_LATER and not call.return_lse
+
+
+def attend_where_lowered(call: AttentionCall) -> Attended:
+    """Runs one call of attention by the fused kernel of the device that its program
+    turns out to be lowered for, and in tiles where that has none for the call."""
+    if backends.current().LOWERS_LATER:
+        return Attended(_KERNEL.attend(call))
+    return blockwise.attend(call)

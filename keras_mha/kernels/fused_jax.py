@@ -1,54 +1,64 @@
-"""JAX's fused kernel: cuDNN's, for half types on NVIDIA's GPUs."""
+"""JAX's fused kernels: of the device that a program is lowered for.
 
-import jax
+Which one that is may be known only then: a program can be traced on a CPU and exported
+for a TPU. So what is traced is a call alone, and its kernel is looked up by its device.
+"""
 
-from keras_mha._keras import Tensor, dtype_name
+import importlib
+from dataclasses import replace
+from typing import Any
+
+from keras_mha._keras import Tensor
+from keras_mha.kernels import backends, blockwise
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.masks import is_plain_causal
+from keras_mha.kernels.problem import Problem, call_of, positions_first, prepared
+from keras_mha.kernels.thresholds import has_few_scores
+from keras_mha.kernels.whole import whole
 
-_WIDTHS = range(8, 129, 8)
+# Modules of `jax_kernels`, by kind of device. Imported when first asked for: each needs
+# a library of JAX's that other devices do not.
+_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def refusal(call: AttentionCall) -> str | None:
-    """Returns why cuDNN cannot run this call, or `None` if it can."""
-    if call.dropout > 0:
-        return "the fused kernel's dropout does not follow the layer's seed"
-    if call.logit_soft_cap is not None:
-        return "the fused kernel has no soft cap"
-    if call.sink is not None:
-        return "the fused kernel has no sink"
-    if not _has_cudnn():
-        return "no fused kernel on the jax backend without an NVIDIA GPU"
-    if dtype_name(call.query) not in ("float16", "bfloat16"):
-        return "cuDNN's kernel takes float16 and bfloat16 only"
-    if call.query.shape[3] not in _WIDTHS or call.value.shape[3] != call.query.shape[3]:
-        return "cuDNN's kernel takes heads of one width, a multiple of 8 up to 128"
-    if call.has_bias:
-        return "a bias is not handed to cuDNN's kernel"
-    if call.mask is not None and not is_plain_causal(call.mask):
-        return "cuDNN's kernel takes no mask but the causal one"
-    if any(not _even(x.shape[1]) for x in (call.query, call.key)):
-        return "cuDNN's kernel takes even lengths only"
-    return None
+    """Returns why no kernel of JAX's can run this call on its kind of device, or `None`
+    if one can."""
+    kernel = _kernel(call.device_kind)
+    if kernel is None:
+        return "no fused kernel on the jax backend but on NVIDIA's GPUs and on TPUs"
+    return kernel.refusal(call)
 
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
-    return jax.nn.dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        scale=call.scale,
-        is_causal=call.mask is not None,
-        implementation="cudnn",
+    problem, tensors = prepared(call)
+    if has_few_scores(call):
+        problem = replace(problem, groups_at_once=None)  # all heads in one tile
+    output = backends.current().with_gradient(
+        forward, backward, whole, problem, tensors
     )
+    return positions_first(output)
 
 
-def _has_cudnn() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    return "cuda" in jax.devices()[0].client.platform_version.lower()
+def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Attends by the kernel of the problem's device; see `blockwise.forward`."""
+    return _of_device(problem, tensors).forward(problem, tensors)
 
 
-def _even(length: object) -> bool:
-    return isinstance(length, int) and length > 0 and length % 2 == 0
+def backward(
+    problem: Problem, tensors: dict[str, Any], *results: Tensor
+) -> dict[str, Tensor]:
+    """Returns the gradients by that kernel; see `blockwise.backward`."""
+    return _of_device(problem, tensors).backward(problem, tensors, *results)
+
+
+def _kernel(device: str) -> Any:
+    name = _KERNELS.get(device)
+    return name and importlib.import_module(f"keras_mha.kernels.jax_kernels.{name}")
+
+
+def _of_device(problem: Problem, tensors: dict[str, Any]) -> Any:
+    kernel = _kernel(problem.device)
+    if kernel is None or kernel.refusal(call_of(problem, tensors)) is not None:
+        return blockwise
+    return kernel

@@ -48,7 +48,7 @@ _NOT_NEEDED = "the other kernel does as well"
 def _refusals(call: AttentionCall) -> tuple[str | None, str | None]:
     """Returns why not `scaled_dot_product_attention`, and why not `flex_attention`."""
     why_not = sdpa.refusal(call)
-    if sdpa.device_kind(call) != "gpu":
+    if call.device_kind != "gpu":
         return why_not, _ELSEWHERE
     if why_not is None and (call.dropout > 0 or sdpa.is_one_call(call)):
         return why_not, _NOT_NEEDED

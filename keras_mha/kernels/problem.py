@@ -1,15 +1,16 @@
 """A call for tiles, parted into what a program is made for and the tensors it takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keras import ops
 
-from keras_mha._keras import is_float
+from keras_mha._keras import Tensor, is_float
 from keras_mha._lengths import unless_one
 from keras_mha.kernels import backends, dropout, tiling
-from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.parts import split_tensors
+from keras_mha.kernels.call import AttentionCall, Device
+from keras_mha.kernels.half_products import keeps_halves
+from keras_mha.kernels.parts import join_tensors, split_tensors
 
 TALKING_HEADS = ("talking_heads_pre", "talking_heads_post")
 
@@ -47,6 +48,8 @@ class Problem:
         tile: As in `Walk`.
         extra_features: How many the output has beside those of the value, which are no
             numbers of half a type; see `row_chunks`.
+        device: The kind of device that it is computed on; `None` where its program is
+            not lowered yet.
     """
 
     scale: float
@@ -59,6 +62,26 @@ class Problem:
     groups_at_once: int | None
     tile: int | None
     extra_features: int = 0
+    device: Device | None = None
+
+    def lowered_for(self, device: Device) -> "Problem":
+        """Returns the problem as it is computed on a kind of device."""
+        if self.device is not None:
+            return self
+        groups = self.groups_at_once if device == "cpu" else None
+        return replace(self, device=device, groups_at_once=groups)
+
+    @property
+    def half_products(self) -> bool:
+        """Whether operands of half types are multiplied as such."""
+        return keeps_halves(self.device)
+
+    @property
+    def kept_factors(self) -> tuple[float, float]:
+        """Two factors, in which weights that are kept are more: of the output's
+        gradient and of its products."""
+        factor = 1.0 / (1.0 - self.dropout)
+        return (1.0, factor) if self.half_products else (factor, 1.0)
 
 
 def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
@@ -98,26 +121,63 @@ def prepared(call: AttentionCall) -> tuple[Problem, dict[str, Any]]:
         position_bias=None if call.position_bias is None else position_bias,
         position_tensors=tuple(held),
         differentiable=differentiable,
-        groups_at_once=groups_at_once(call.query, heads, groups),
+        groups_at_once=groups_at_once(heads, groups),
         tile=tiling.TILE,
+        device=call.device,
     )
+    backend = backends.current()
+    if not backend.LOWERS_LATER:
+        problem = problem.lowered_for(backend.device_kind(call.query))
     return problem, tensors
 
 
-def groups_at_once(like: Any, heads: int, groups: int) -> int | None:
-    """Returns how many key heads are to share a tile; see `Walk`.
+def call_of(problem: Problem, tensors: dict[str, Any]) -> AttentionCall:
+    """Returns the call that `prepared` took apart, but for its seed."""
+    bias, sink = tensors.get("bias"), tensors.get("sink")
+    if bias is not None:
+        batch, groups, shared, *rest = ops.shape(bias)
+        bias = ops.reshape(bias, (batch, groups * shared, *rest))
+    held = tuple(tensors[name] for name in problem.position_tensors)
+    has_position_bias = problem.position_bias is not None
+    return AttentionCall(
+        positions_first(tensors["query"]),
+        ops.transpose(tensors["key"], (0, 3, 1, 2)),
+        ops.transpose(tensors["value"], (0, 3, 1, 2)),
+        mask=join_tensors(problem.mask, tensors["mask"]),
+        bias=bias,
+        position_bias=join_tensors(problem.position_bias, held)
+        if has_position_bias
+        else None,
+        scale=problem.scale,
+        logit_soft_cap=problem.logit_soft_cap,
+        sink=None if sink is None else ops.reshape(sink, (-1,)),
+        talking_heads=tuple(tensors.get(name) for name in TALKING_HEADS),
+        dropout=problem.dropout,
+        return_lse=problem.extra_features > 0,
+        device=problem.device,
+    )
 
-    A CPU wants a tile that fits its cache, others as much work as they can get. Several
+
+def positions_first(x: Tensor) -> Tensor:
+    """`(B, K, width, G, T) -> (B, T, N, width)`."""
+    batch, groups, width, shared, rows = ops.shape(x)
+    x = ops.transpose(x, (0, 4, 1, 3, 2))
+    return ops.reshape(x, (batch, rows, groups * shared, width))
+
+
+def groups_at_once(heads: int, groups: int) -> int | None:
+    """Returns how many key heads are to share a tile on a CPU; see `Walk`.
+
+    It wants a tile that fits its cache, others as much work as they can get. Several
     devices may share the heads, unknown to the call: a tile of some heads would then be
     of some devices, and gathered by all.
 
     Args:
-        like: A tensor of the call.
         heads: Number of query heads.
         groups: Number of key heads.
     """
     backend = backends.current()
-    if not backend.on_cpu(like) or backend.device_count() > 1:
+    if backend.device_count() > 1:
         return None
     most = max(backend.HEADS_PER_TILE * groups // heads, 1)
     return max(n for n in range(1, most + 1) if groups % n == 0)

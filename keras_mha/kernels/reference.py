@@ -11,7 +11,8 @@ Every other kernel is held to this one, and only this one can return the scores:
     output  = dropout(weights) . value
 
 A row whose every key is masked (or has a bias of minus infinity) gets weights of 0,
-and the gradients through it are 0. float16 and bfloat16 are computed in float32.
+and the gradients through it are 0. float16 and bfloat16 are computed in float32, but
+for products on other devices than a CPU (`half_products`).
 
 References:
     Vaswani et al., 2017, Attention is all you need: https://arxiv.org/abs/1706.03762
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_mha._keras import Tensor, at_least_float32
+from keras_mha._keras import Tensor
 from keras_mha.kernels import backends, dropout
 from keras_mha.kernels.call import Attended, AttentionCall
+from keras_mha.kernels.half_products import as_operand, factors_of_scale, times
 from keras_mha.kernels.masking import (
     LOWEST,
     allowed_pairs,
@@ -60,7 +62,8 @@ def attend_rows(call: AttentionCall, tile: Tile, seed: Tensor | None) -> Attende
     scores = _scores(call, tile)
     weights = _mixed(scores.weights, call.talking_heads[1])
     dropped = _dropout(weights, call.dropout, seed, tile)
-    output = _weighted_values(dropped, call.value)
+    value = as_operand(call.value, call.device_kind)
+    output = _weighted_values(ops.cast(dropped, value.dtype), value)
     lse = _lse(call, scores) if call.return_lse else None
     return Attended(ops.cast(output, call.query.dtype), weights, lse)
 
@@ -90,8 +93,9 @@ def scores_of_rows(call: AttentionCall, tile: Tile) -> Scores:
 
 def _scores(call: AttentionCall, tile: Tile) -> Scores:
     bias = with_position_bias(call.bias, call, tile)
-    query = at_least_float32(call.query)
-    products = _query_dot_key(query * call.scale, at_least_float32(call.key))
+    query, key = (as_operand(x, call.device_kind) for x in (call.query, call.key))
+    early, late = factors_of_scale(call.scale, query)
+    products = times(_query_dot_key(query * early, key), late)
     logits = _logits(call, _mixed(products, call.talking_heads[0]), bias)
     allowed = allowed_pairs(call, tile, bias)
     return Scores(products, logits, allowed, _masked_softmax(logits, allowed, call))
@@ -167,6 +171,10 @@ def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> T
     return backends.current().keep(weights / (1.0 - rate), kept)
 
 
+def _product(equation: str, x: Tensor, y: Tensor) -> Tensor:
+    return backends.current().product(equation, x, y)
+
+
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
     batch, rows, heads, width = ops.shape(query)
@@ -174,25 +182,24 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     if _is_one(query.shape[1]) and not backends.current().may_share_heads(key):
         return _one_query_dot_key(query, key)
     if groups == heads:
-        return ops.einsum("...tnh,...snh->...nts", query, key)
+        return _product("...tnh,...snh->...nts", query, key)
     query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
     b = _batch_letters(query.shape[1])
-    logits = ops.einsum(f"{b}tkgh,{b}skh->{b}kgts", query, key)
+    logits = _product(f"{b}tkgh,{b}skh->{b}kgts", query, key)
     return ops.reshape(logits, (batch, heads, rows, columns))
 
 
 def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     """`(B, N, T, S), (B, S, K, V) -> (B, T, N, V)`."""
-    value = ops.cast(value, weights.dtype)
     batch, heads, rows, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
     if _is_one(weights.shape[2]) and not backends.current().may_share_heads(value):
         return _values_of_one_query(weights, value)
     if groups == heads:
-        return ops.einsum("...nts,...snv->...tnv", weights, value)
+        return _product("...nts,...snv->...tnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     b = _batch_letters(weights.shape[3])
-    output = ops.einsum(f"{b}kgts,{b}skv->{b}tkgv", weights, value)
+    output = _product(f"{b}kgts,{b}skv->{b}tkgv", weights, value)
     return ops.reshape(output, (batch, rows, heads, width))
 
 
@@ -220,7 +227,7 @@ def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     own = ops.reshape(ops.eye(groups, dtype=query.dtype), (groups, 1, groups, 1))
     query = ops.reshape(query * own, (batch, heads, groups * width))
     key = ops.reshape(key, (batch, columns, groups * width))
-    return ops.einsum("...nd,...sd->...ns", query, key)[:, :, None]
+    return _product("...nd,...sd->...ns", query, key)[:, :, None]
 
 
 def _values_of_one_query(weights: Tensor, value: Tensor) -> Tensor:
@@ -228,7 +235,7 @@ def _values_of_one_query(weights: Tensor, value: Tensor) -> Tensor:
     batch, heads, _, columns = ops.shape(weights)
     groups, width = ops.shape(value)[2:]
     value = ops.reshape(value, (batch, columns, groups * width))
-    output = ops.matmul(weights[:, :, 0], value)
+    output = _product("bns,bsd->bnd", weights[:, :, 0], value)
     output = ops.reshape(output, (batch, groups, heads // groups, groups, width))
     own = ops.reshape(ops.eye(groups, dtype=output.dtype), (groups, 1, groups, 1))
     return ops.reshape(ops.sum(output * own, axis=3), (batch, 1, heads, width))

@@ -22,8 +22,12 @@ from keras_mha._keras import Tensor, at_least_float32, dtype_name
 from keras_mha._lengths import longer
 from keras_mha.kernels import backends, reference
 from keras_mha.kernels.call import Attended, AttentionCall
-from keras_mha.kernels.parts import join_tensors
-from keras_mha.kernels.problem import TALKING_HEADS, Problem, prepared
+from keras_mha.kernels.problem import (
+    Problem,
+    call_of,
+    positions_first,
+    prepared,
+)
 from keras_mha.kernels.tiling import Pieces, cut_in_pieces
 from keras_mha.masks import Tile, whole_tile
 
@@ -47,7 +51,7 @@ def attend(call: AttentionCall) -> Attended:
     output = backends.current().with_gradient(
         forward, backward, formula, problem, tensors
     )
-    output = _positions_first(output)
+    output = positions_first(output)
     if not call.return_lse:
         return Attended(output)
     lse = ops.transpose(output[..., -1], (0, 2, 1))
@@ -155,7 +159,7 @@ def formula(problem: _Chunks, tensors: dict[str, Any]) -> Tensor:
 def _attend(problem: _Chunks, tensors: dict[str, Any], tile: Tile) -> Tensor:
     """Returns the output, `(B, K, V, G, rows)`, of a query and a bias that have the
     tile's rows alone."""
-    call = _call(problem, tensors)
+    call = call_of(problem, tensors)
     output, _, lse = reference.attend_rows(call, tile, tensors.get("seed"))
     if lse is not None:
         lse = ops.transpose(lse, (0, 2, 1))[..., None]
@@ -163,39 +167,6 @@ def _attend(problem: _Chunks, tensors: dict[str, Any], tile: Tile) -> Tensor:
     batch, groups, _, shared, rows = ops.shape(tensors["query"])
     output = ops.reshape(output, (batch, rows, groups, shared, output.shape[3]))
     return ops.transpose(output, (0, 2, 4, 3, 1))
-
-
-def _call(problem: _Chunks, tensors: dict[str, Any]) -> AttentionCall:
-    """Returns the call that `prepared` took apart."""
-    bias, sink = tensors.get("bias"), tensors.get("sink")
-    if bias is not None:
-        batch, groups, shared, *rest = ops.shape(bias)
-        bias = ops.reshape(bias, (batch, groups * shared, *rest))
-    held = tuple(tensors[name] for name in problem.position_tensors)
-    has_position_bias = problem.position_bias is not None
-    return AttentionCall(
-        _positions_first(tensors["query"]),
-        ops.transpose(tensors["key"], (0, 3, 1, 2)),
-        ops.transpose(tensors["value"], (0, 3, 1, 2)),
-        mask=join_tensors(problem.mask, tensors["mask"]),
-        bias=bias,
-        position_bias=join_tensors(problem.position_bias, held)
-        if has_position_bias
-        else None,
-        scale=problem.scale,
-        logit_soft_cap=problem.logit_soft_cap,
-        sink=None if sink is None else ops.reshape(sink, (-1,)),
-        talking_heads=tuple(tensors.get(name) for name in TALKING_HEADS),
-        dropout=problem.dropout,
-        return_lse=problem.extra_features > 0,
-    )
-
-
-def _positions_first(x: Tensor) -> Tensor:
-    """`(B, K, width, G, T) -> (B, T, N, width)`."""
-    batch, groups, width, shared, rows = ops.shape(x)
-    x = ops.transpose(x, (0, 4, 1, 3, 2))
-    return ops.reshape(x, (batch, rows, groups * shared, width))
 
 
 # ---------------------------------------------------------------------- chunks

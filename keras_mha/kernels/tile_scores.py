@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels import dropout
+from keras_mha.kernels.half_products import as_operand, factors_of_scale, times
 from keras_mha.kernels.masking import LOWEST, mask_block
 from keras_mha.kernels.parts import join_tensors
 from keras_mha.kernels.problem import Problem
@@ -25,7 +26,22 @@ class TileScores:
             name for name in problem.position_tensors if name in problem.differentiable
         )
         query, key = tensors["query"], tensors["key"]
-        self.walk = Walk(query, key, mask, problem.groups_at_once, problem.tile)
+        self.walk = Walk(
+            *(query, key, mask, problem.groups_at_once, problem.tile),
+            keeps_halves=problem.half_products,
+        )
+        # Of no row: what is asked is the type of an operand.
+        operand = as_operand(query[:0], problem.device)
+        self.factors_of_scale = factors_of_scale(problem.scale, operand)
+
+    def query(self, row: Place) -> Tensor:
+        """Returns the rows' query, `(*lead, H, G, rows)`, with part of the scale."""
+        query = self.walk.cut_rows(self.tensors["query"], row)
+        return query * self.factors_of_scale[0]
+
+    def scaled(self, products: Tensor) -> Tensor:
+        """Returns products of the query, or their gradients, with their part of it."""
+        return times(products, self.factors_of_scale[1])
 
     def logits(
         self, query: Tensor, place: Place, allowed: Tensor | None
@@ -34,7 +50,7 @@ class TileScores:
         masked, and the soft cap's derivative (`None` without a cap)."""
         walk, slope = self.walk, None
         key = walk.cut_columns(self.tensors["key"], place)
-        logits = walk.backend.scores(query, key)
+        logits = self.scaled(walk.backend.scores(query, key))
         if (cap := self.problem.logit_soft_cap) is not None:
             capped = ops.tanh(logits / cap)
             logits, slope = cap * capped, 1.0 - capped * capped

@@ -59,6 +59,7 @@ class Walk:
             `None` for all key heads of all batch rows.
         tile: Rows and columns of a tile, fewer rows where query heads share it; `None`
             for a tile of all scores.
+        keeps_halves: Whether what is cut of a half type stays of it.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Walk:
         mask: Mask | None,
         groups_at_once: int | None,
         tile: int | None,
+        keeps_halves: bool = False,
     ):
+        self.operand = (lambda x: x) if keeps_halves else at_least_float32
         self.backend = backends.current()
         self.like = query
         self.dtype = dtype_name(at_least_float32(query[:0]))
@@ -144,16 +147,16 @@ class Walk:
     # ------------------------------------------------------------------ a tile's parts
 
     def cut_rows(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, G, T) -> (*lead, width, G, rows)`, in float32 at least."""
+        """`(B, K, width, G, T) -> (*lead, width, G, rows)`, as an operand."""
         starts = (place.batch, place.group, 0, 0, place.row)
         x = ops.slice(x, starts, (*self.lead, *x.shape[2:4], self.rows.size))
-        return at_least_float32(x)
+        return self.operand(x)
 
     def cut_columns(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, S) -> (*lead, width, columns)`, in float32 at least."""
+        """`(B, K, width, S) -> (*lead, width, columns)`, as an operand."""
         starts = (place.batch, place.group, 0, place.column)
         x = ops.slice(x, starts, (*self.lead, x.shape[2], self.columns.size))
-        return at_least_float32(x)
+        return self.operand(x)
 
     def cut_heads(self, x: Tensor, place: Place) -> Tensor:
         """`(K, G)`, a number a head, `-> (1, key heads, G, 1)`."""

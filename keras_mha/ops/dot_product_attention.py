@@ -1,11 +1,12 @@
 """Scaled dot-product attention on projected heads."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import keras
 from keras.random import SeedGenerator
 
-from keras_mha import masks
+from keras_mha import _checks, masks
 from keras_mha._keras import (
     Tensor,
     dtype_name,
@@ -160,6 +161,7 @@ def plan_attention(
     return_scores: bool = False,
     return_lse: bool = False,
     implementation: planner.Implementation = "auto",
+    device: Literal["cpu", "gpu", "tpu"] | None = None,
 ) -> planner.Plan:
     """Says which implementation `dot_product_attention` would take, and why.
 
@@ -182,6 +184,8 @@ def plan_attention(
         return_scores: As there.
         return_lse: As there.
         implementation: As there.
+        device: What kind of device to plan for, `"gpu"` being NVIDIA's: it need not be
+            there. Defaults to that on which the tensors are.
 
     Returns:
         A plan with `implementation` (`"fused"`, `"blockwise"` or `"reference"`, and
@@ -190,7 +194,7 @@ def plan_attention(
 
     Raises:
         TypeError: As `dot_product_attention` does.
-        ValueError: As `dot_product_attention` does.
+        ValueError: As `dot_product_attention` does, and for a device of another name.
 
     Example:
 
@@ -214,6 +218,9 @@ def plan_attention(
         return_scores=return_scores,
         return_lse=return_lse,
     )
+    if device is not None:
+        device = _checks.choice("device", device, ("cpu", "gpu", "tpu"))
+        call = dataclasses.replace(call, device=device)
     return planner.plan(call, implementation)
 
 

@@ -6,7 +6,14 @@ from typing import Literal
 
 from keras_mha import _checks
 from keras_mha.distribution import sequence_plan
-from keras_mha.kernels import backends, blockwise, fused, reference, row_chunks
+from keras_mha.kernels import (
+    backends,
+    blockwise,
+    fused,
+    reference,
+    row_chunks,
+    thresholds,
+)
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.problem import undivided
 
@@ -82,7 +89,7 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
         _raise_if(blockwise_refusal, "flash_attention=True (implementation='flash')")
-        return Plan("blockwise", fused_refusal, _tiles(call))
+        return Plan("blockwise", fused_refusal, _by_device(call))
     return _without_fused(call, fused_refusal, blockwise_refusal)
 
 
@@ -91,26 +98,28 @@ def _tiles(call: AttentionCall) -> Callable[[AttentionCall], Attended]:
     return row_chunks.attend if call.return_lse else blockwise.attend
 
 
+def _by_device(call: AttentionCall) -> Callable[[AttentionCall], Attended]:
+    """Returns what runs a call in parts where it turns out to have no fused kernel."""
+    return row_chunks.attend if call.return_lse else fused.attend_where_lowered
+
+
 def _without_fused(
     call: AttentionCall, fused_refusal: str, blockwise_refusal: str | None
 ) -> Plan:
     """Chooses between tiles and whole scores."""
-    few = backends.current().FEW_SCORES
-    rows, columns = call.scores_shape[2:]
-    if call.mixes_heads and undivided(call) is None:
-        are_known = isinstance(rows, int) and isinstance(columns, int)
-        if not are_known or rows * columns >= few:
-            reason = f"{blockwise_refusal}; of some rows at a time"
-            return Plan("reference", reason, row_chunks.attend)
+    few, has_few = thresholds.few_scores_of(call), thresholds.has_few_scores(call)
+    if call.mixes_heads and undivided(call) is None and not has_few:
+        reason = f"{blockwise_refusal}; of some rows at a time"
+        return Plan("reference", reason, row_chunks.attend)
     if blockwise_refusal is not None:
         return Plan("reference", blockwise_refusal, reference.attend)
-    if not (isinstance(rows, int) and isinstance(columns, int)):
+    if has_few is None:
         reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
-        return Plan("blockwise", reason, _tiles(call))
-    if rows * columns < few:
+        return Plan("blockwise", reason, _by_device(call))
+    if has_few and not fused.may_be_lowered_for_another(call):
         reason = f"{fused_refusal}; tiles pay from {few} scores a head"
         return Plan("reference", reason, reference.attend)
-    return Plan("blockwise", fused_refusal, _tiles(call))
+    return Plan("blockwise", fused_refusal, _by_device(call))
 
 
 def _check_parts(call: AttentionCall, plan: Plan) -> None:

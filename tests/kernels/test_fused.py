@@ -194,90 +194,17 @@ def test_a_function_put_in_place_of_torchs_is_called_by_the_layer(
     assert called == ["scaled_dot_product_attention"]
 
 
-# --------------------------------------------------------------------- JAX and cuDNN
-# No GPU is asked here: what is tested is which calls go to cuDNN's kernel, and how.
+# ------------------------------------------------------------- JAX and TensorFlow
 
 
-def half(length=6, width=8, dtype="bfloat16"):
-    return keras.KerasTensor((2, length, 4, width), dtype)
-
-
-def a_call(x=None, **options):
-    x = half() if x is None else x
+def a_call(**options):
+    x = keras.KerasTensor((2, 6, 4, 8), "bfloat16")
     return AttentionCall(x, x, x, **options)
 
 
-@pytest.fixture
-def cudnn(monkeypatch):
-    from keras_mha.kernels import fused_jax
-
-    monkeypatch.setattr(fused_jax, "_has_cudnn", lambda: True)
-
-
 @only_jax
-def test_without_a_gpu_jax_has_no_fused_kernel():
-    assert "without an NVIDIA GPU" in fused.refusal(a_call())
-
-
-@only_jax
-@pytest.mark.parametrize(
-    ("call", "why"),
-    [
-        (lambda: a_call(half(dtype="float32")), "float16 and bfloat16"),
-        (lambda: a_call(half(width=12)), "multiple of 8"),
-        (lambda: a_call(half(width=136)), "multiple of 8"),
-        (lambda: a_call(half(length=5)), "even lengths"),
-        (lambda: a_call(half(length=None)), "even lengths"),
-        (lambda: a_call(mask=masks.SlidingWindow(2)), "no mask but"),
-        (lambda: a_call(mask=masks.Causal(1)), "no mask but"),
-        (lambda: a_call(bias=np.zeros((1, 1, 6, 6))), "bias"),
-        (lambda: a_call(dropout=0.1), "dropout"),
-    ],
-)
-def test_what_cudnn_is_not_given(call, why, cudnn):
-    assert why in fused.refusal(call())
-
-
-@only_jax
-@pytest.mark.parametrize("mask", [None, masks.Causal()])
-def test_what_cudnn_is_given(mask, cudnn, monkeypatch):
-    import jax
-
-    received = {}
-
-    def kernel(query, key, value, **options):
-        received.update(options, tensors=(query, key, value))
-        return query
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    tensors = [to_tensor(RNG.normal(size=(2, 6, 4, 8)), "bfloat16") for _ in range(3)]
-    call = AttentionCall(*tensors, mask=mask, scale=0.25)
-    assert fused.refusal(call) is None
-    fused.attend(call)
-    assert received.pop("tensors") == tuple(tensors)
-    assert received == {
-        "scale": 0.25,
-        "is_causal": mask is not None,
-        "implementation": "cudnn",
-    }
-
-
-@only_jax
-def test_the_layer_calls_the_function_that_stands_in_jax_then(cudnn, monkeypatch):
-    import jax
-
-    layer = keras_mha.MultiHeadAttention(2, 8, dtype="bfloat16")
-    x = to_tensor(RNG.normal(size=(1, 6, 8)), "bfloat16")
-    layer.build(x.shape)
-    called = []
-
-    def kernel(query, key, value, **options):
-        called.append(options["implementation"])
-        return value
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    layer(x, use_causal_mask=True)
-    assert called == ["cudnn"]
+def test_on_a_cpu_jax_has_no_fused_kernel():
+    assert "but on NVIDIA's GPUs and on TPUs" in fused.refusal(a_call())
 
 
 @only_tensorflow

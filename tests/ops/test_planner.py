@@ -71,9 +71,9 @@ def test_what_the_fused_kernel_cannot_run_goes_to_tiles_if_long(arguments, why):
 
 @without_fused
 def test_a_backend_without_a_fused_kernel_takes_tiles_for_long_sequences():
-    for length, taken in ((SHORT, reference), (LONG, blockwise), (None, blockwise)):
+    for length, tiles in ((SHORT, False), (LONG, True), (None, True)):
         chosen = plan(a_call(length))
-        assert chosen.kernel is taken.attend
+        assert chosen.implementation == ("blockwise" if tiles else "reference")
         assert BACKEND in chosen.reason
     with pytest.raises(ValueError, match=f"no fused kernel on the {BACKEND} backend"):
         plan(a_call(), "fused")
@@ -158,15 +158,43 @@ def test_asking_checks_the_call():
 @pytest.mark.parametrize("implementation", ["auto", "flash", "blockwise", "reference"])
 def test_what_is_said_is_what_is_run(implementation, monkeypatch):
     ran = []
-    for module in (fused, blockwise, reference):
-        name, kernel = module.__name__.rsplit(".", 1)[1], module.attend
+    kernels = [(module, "attend") for module in (fused, blockwise, reference)]
+    if BACKEND == "jax":
+        kernels.append((fused, "attend_where_lowered"))  # in tiles, on a CPU
+    for module, function in kernels:
+        name, kernel = module.__name__.rsplit(".", 1)[1], getattr(module, function)
+        name = "blockwise" if function == "attend_where_lowered" else name
 
         def attend(call, name=name, kernel=kernel):
             ran.append(name)
             return kernel(call)
 
-        monkeypatch.setattr(module, "attend", attend)
+        monkeypatch.setattr(module, function, attend)
     x = keras.ops.ones((1, 5, 2, 8))
     options = {"mask": Causal(), "implementation": implementation}
     keras_mha.dot_product_attention(x, x, x, **options)
     assert ran == [keras_mha.plan_attention(x, x, x, **options).implementation]
+
+
+# ----------------------------------------------------------- for a kind of device
+
+
+def test_one_can_ask_for_a_device_that_is_not_there():
+    x = keras.KerasTensor((8, 2048, 8, 64), "float32")
+    options = {"mask": Causal(), "return_lse": True}  # which no fused kernel has
+    ask = lambda device: keras_mha.plan_attention(  # noqa: E731
+        x, x, x, device=device, **options
+    )
+    assert ask(None) == ask("cpu")
+    assert ask("cpu").implementation == "blockwise"
+    # 8 x 8 x 2048 x 2048 scores are 1 GiB; of 16 GiB a sixty-fourth is for them.
+    assert ask("gpu").implementation == ask("tpu").implementation == "blockwise"
+    x = x[:1, :1024]
+    assert ask("gpu").implementation == ask("tpu").implementation == "reference"
+    assert "tiles pay from" in ask("gpu").reason
+
+
+def test_a_device_has_a_name_that_is_known():
+    x = keras.KerasTensor((1, 8, 8, 64))
+    with pytest.raises(ValueError, match="`device` must be one of 'cpu', 'gpu', 'tpu'"):
+        keras_mha.plan_attention(x, x, x, device="cuda")

@@ -10,13 +10,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_mha.kernels.backends.jax_differentiable import with_gradient
+from keras_mha.kernels.backends.jax_differentiable import DEVICES, with_gradient
 from keras_mha.kernels.backends.jax_manual_axes import alike, is_varying, shard_index
 
 __all__ = ["shard_index", "with_gradient"]  # beside what is defined here
 
-_EXACT = jax.lax.Precision.HIGHEST  # float32 products on every device
-
+# Whether programs are lowered later, and perhaps for another kind of device.
+LOWERS_LATER = True
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
@@ -85,19 +85,40 @@ def stacked(tiles: Any, count: int) -> Any:
 def scores(x: Any, y: Any) -> Any:
     """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
     their products, `(*lead, G, rows, columns)`."""
-    return jnp.einsum("bkdgr,bkdc->bkgrc", x, y, precision=_EXACT)
+    products = _product("bkdr,bkdc->bkrc", _flat_rows(x, 3), y)
+    return products.reshape(*products.shape[:2], *x.shape[3:], products.shape[3])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
     """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
-    return jnp.einsum("bkdc,bkgrc->bkdgr", y, weights, precision=_EXACT)
+    sums = _product("bkdc,bkrc->bkdr", y, _flat_rows(weights, 2))
+    return sums.reshape(*sums.shape[:3], *weights.shape[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
     """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
-    return jnp.einsum("bkdgr,bkgrc->bkdc", x, weights, precision=_EXACT)
+    return _product("bkdr,bkrc->bkdc", _flat_rows(x, 3), _flat_rows(weights, 2))
+
+
+def _flat_rows(x, axis):
+    """Folds `G` and rows into one axis: a product along two axes is slow on a CPU."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _product(equation, x, y):
+    """Multiplies in the half type if one of the two is of one; sums are float32."""
+    half = next((z.dtype for z in (x, y) if z.dtype.itemsize == 2), None)
+    if half is None:
+        return jnp.einsum(equation, x, y)
+    x, y = x.astype(half), y.astype(half)
+    return jnp.einsum(equation, x, y, preferred_element_type="float32")
+
+
+def product(equation: str, x: Any, y: Any) -> Any:
+    """Returns `einsum` of two tensors of one dtype, of half types in float32."""
+    return _product(equation, x, y)
 
 
 def row_max(x: Any) -> Any:
@@ -131,9 +152,22 @@ def is_length(x: Any) -> bool:
     return isinstance(x, int)  # an exported program's lengths are symbols
 
 
-def on_cpu(x: Any) -> bool:
-    """Whether computations with `x` run on a CPU."""
-    return jax.default_backend() == "cpu"
+def device_kind(x: Any) -> str:
+    """Returns the kind of device that computes with `x`; see `kernels.call`. A program
+    that is being written may yet be lowered for another."""
+    platform = jax.default_backend()
+    if platform == "gpu" and _runs_cuda():
+        platform = "cuda"
+    return DEVICES.get(platform, "other")
+
+
+def device_memory() -> int | None:
+    """Returns how many bytes the fastest device has, `None` if it does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _runs_cuda():
+    return "cuda" in jax.devices()[0].client.platform_version.lower()
 
 
 def device_count() -> int:

@@ -25,6 +25,9 @@ from jax.interpreters import ad, batching, mlir
 from keras_mha.kernels.backends import jax_manual_axes as manual_axes
 from keras_mha.kernels.backends.jax_explicit_axes import in_auto_axes
 
+# The kinds of device that programs are lowered for, by the names of JAX's platforms.
+DEVICES = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -57,6 +60,10 @@ class _Call:
     def inputs(self) -> int:
         """How many tensors the call has."""
         return len(self.names) + self.tree.num_leaves
+
+    def lowered_for(self, device: str) -> "_Call":
+        """Returns the call as it is computed on a kind of device."""
+        return replace(self, problem=self.problem.lowered_for(device))
 
     def split(self, tensors: tuple) -> tuple[tuple, tuple, tuple]:
         """Returns what moves, the rest, and what comes after."""
@@ -175,6 +182,11 @@ def _run(function, call, *arguments):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
+def _bind(primitive, call, *tensors):
+    return primitive.bind(*tensors, call=call)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def _run_tangent(function, call, primals, rest, tangents):
     """Returns the tangents of `function(call, moving, rest, other)`."""
     return jax.jvp(
@@ -189,12 +201,16 @@ def _primitive(name, compute, abstract):
     primitive = Primitive(f"keras_mha_{name}")
     primitive.multiple_results = True
 
-    def run(*tensors, call):
-        return _run(compute, call, *tensors)
+    def run(*tensors, call, device):
+        return _run(compute, call.lowered_for(device), *tensors)
 
-    primitive.def_impl(run)
+    # A program may be lowered for another platform than that of the machine on which it
+    # was traced, and not before then is it known: each has a lowering of its own.
+    for platform, device in (*DEVICES.items(), (None, "other")):
+        lowering = mlir.lower_fun(partial(run, device=device), multiple_results=True)
+        mlir.register_lowering(primitive, lowering, platform=platform)
+    primitive.def_impl(lambda *tensors, call: _bind(primitive, call, *tensors))
     primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
     batching.primitive_batchers[primitive] = partial(_map, primitive)
     return primitive
 
@@ -221,7 +237,9 @@ def _map(primitive, tensors, axes, *, call):
 
 
 def _abstract_attend(*tensors, call):
-    return jax.make_jaxpr(partial(_run, _compute_attend, call))(*tensors).out_avals
+    # Of the same shapes on every device; tiles say it without a device's library.
+    compute = partial(_run, _compute_attend, call.lowered_for("cpu"))
+    return jax.make_jaxpr(compute)(*tensors).out_avals
 
 
 def _abstract_pull_back(*tensors, call):

@@ -1,6 +1,7 @@
 """Loops, tiles and gradients on TensorFlow: Python's eagerly, `tf.while_loop` else."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,9 @@ from keras_mha.kernels.backends.tensorflow_differentiable import (
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
 
 __all__ = ["drawn"]  # beside what is defined here
+
+# Whether programs are lowered later, and perhaps for another kind of device.
+LOWERS_LATER = False
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
@@ -85,7 +89,7 @@ def stacked(tiles: Any, count: Any) -> Any:
 def scores(x: Any, y: Any) -> Any:
     """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
     their products, `(*lead, G, rows, columns)`."""
-    products = tf.matmul(_flat_rows(x, 3), y, transpose_a=True)
+    products = _product(_flat_rows(x, 3), y, transpose_a=True)
     return _apart(products, 2, ops.shape(x)[3:])
 
 
@@ -93,14 +97,25 @@ def to_rows(weights: Any, y: Any) -> Any:
     """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
     # Faster by half than the product that gives the transpose at once.
-    sums = tf.matmul(_flat_rows(weights, 2), y, transpose_b=True)
+    sums = _product(_flat_rows(weights, 2), y, transpose_b=True)
     return _apart(tf.linalg.matrix_transpose(sums), 3, ops.shape(weights)[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
     """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
-    return tf.matmul(_flat_rows(x, 3), _flat_rows(weights, 2))
+    return _product(_flat_rows(x, 3), _flat_rows(weights, 2))
+
+
+def _product(x, y, **transposed):
+    """Multiplies in the half type if one of the two is of one."""
+    half = next((z.dtype for z in (x, y) if z.dtype.size == 2), None)
+    if half is None:
+        return tf.matmul(x, y, **transposed)
+    # Added up in float32, but what is returned is rounded to the half type: for GPUs
+    # TensorFlow has no product of half types that is not.
+    product = tf.matmul(tf.cast(x, half), tf.cast(y, half), **transposed)
+    return tf.cast(product, "float32")
 
 
 def _flat_rows(x: Any, axis: int) -> Any:
@@ -114,6 +129,13 @@ def _apart(x: Any, axis: int, lengths: tuple) -> Any:
     """The way back from `_flat_rows`."""
     shape = ops.shape(x)
     return ops.reshape(x, (*shape[:axis], *lengths, *shape[axis + 1 :]))
+
+
+def product(equation: str, x: Any, y: Any) -> Any:
+    """Returns `einsum` of two tensors of one dtype, of half types in float32 (where
+    each number was rounded to the half type)."""
+    products = ops.einsum(equation, x, y)
+    return ops.cast(products, "float32") if x.dtype.size == 2 else products
 
 
 def row_max(x: Any) -> Any:
@@ -148,9 +170,27 @@ def is_length(x: Any) -> bool:
     return True
 
 
-def on_cpu(x: Any) -> bool:
-    """Whether computations with `x` run on a CPU."""
-    return not tf.config.list_logical_devices("GPU")
+@functools.cache
+def _fastest_device() -> str:
+    for kind in ("TPU", "GPU"):
+        if tf.config.list_logical_devices(kind):
+            return kind.lower()
+    return "cpu"
+
+
+def device_kind(x: Any) -> str:
+    """Returns the kind of device that computes with `x`; see `kernels.call`."""
+    return _fastest_device()
+
+
+@functools.cache
+def device_memory() -> int | None:
+    """Returns how many bytes the fastest device has, `None` if it does not say."""
+    from tensorflow.python.client import device_lib  # no public name says it
+
+    found = device_lib.list_local_devices()
+    limits = [d.memory_limit for d in found if d.device_type != "CPU"]
+    return min(limits, default=0) or None
 
 
 def device_count() -> int:

@@ -17,6 +17,9 @@ from keras_mha.kernels.backends.torch_recomputing import drawn
 
 __all__ = ["drawn"]  # beside what is defined here
 
+# Whether programs are lowered later, and perhaps for another kind of device.
+LOWERS_LATER = False
+
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 8
@@ -80,21 +83,40 @@ def stacked(tiles: _Tiles, count: int) -> Any:
 def scores(x: Any, y: Any) -> Any:
     """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
     their products, `(*lead, G, rows, columns)`."""
-    products = torch.matmul(x.flatten(3).mT, y)
+    products = _product(x.flatten(3).mT, y)
     return products.unflatten(2, x.shape[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
     """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
-    sums = torch.matmul(y, weights.flatten(2, 3).mT)
+    sums = _product(y, weights.flatten(2, 3).mT)
     return sums.unflatten(3, weights.shape[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
     """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
-    return torch.matmul(x.flatten(3), weights.flatten(2, 3))
+    return _product(x.flatten(3), weights.flatten(2, 3))
+
+
+def _product(x, y):
+    """Multiplies in the half type if one of the two is of one; sums are float32."""
+    half = next((z.dtype for z in (x, y) if z.dtype.itemsize == 2), None)
+    if half is None:
+        return torch.matmul(x, y)
+    x, y = x.to(half), y.to(half)
+    if x.device.type != "cuda":  # no other multiplies half types into float32
+        return torch.matmul(x.float(), y.float())
+    products = torch.bmm(x.flatten(0, 1), y.flatten(0, 1), out_dtype=torch.float32)
+    return products.unflatten(0, x.shape[:2])
+
+
+def product(equation: str, x: Any, y: Any) -> Any:
+    """Returns `einsum` of two tensors of one dtype, of half types in float32 (where
+    each number was rounded to the half type)."""
+    products = ops.einsum(equation, x, y)
+    return ops.cast(products, "float32") if x.dtype.itemsize == 2 else products
 
 
 def row_max(x: Any) -> Any:
@@ -138,9 +160,19 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def on_cpu(x: Any) -> bool:
-    """Whether computations with `x` run on a CPU."""
-    return x.device.type == "cpu"
+def device_kind(x: Any) -> str:
+    """Returns the kind of device that computes with `x`; see `kernels.call`."""
+    # Of a `keras.KerasTensor` it is where Keras puts a tensor.
+    device = x.device if isinstance(x, torch.Tensor) else ops.zeros(()).device
+    # As "cuda" torch knows AMD's too, which run the same kernels.
+    return {"cpu": "cpu", "cuda": "gpu", "xla": "tpu"}.get(device.type, "other")
+
+
+def device_memory() -> int | None:
+    """Returns how many bytes the fastest device has, `None` if it does not say."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def device_count() -> int:

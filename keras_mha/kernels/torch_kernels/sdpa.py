@@ -50,22 +50,13 @@ def refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def device_kind(call: AttentionCall) -> str:
-    kind = getattr(call, "device_kind", None)
-    return kind or {"cuda": "gpu"}.get(_device_type(call), _device_type(call))
-
-
-def _device_type(call):
-    return getattr(getattr(call.query, "device", None), "type", "cpu")
-
-
 def refusal_of_dropout(call: AttentionCall) -> str | None:
     """Returns why torch's kernel cannot drop weights in this call, or `None`.
 
     On a GPU the seed decides by way of torch's own generator. On a CPU torch has no
     fused kernel with dropout, and our tiles drop by the seed alone.
     """
-    if device_kind(call) != "gpu":
+    if call.device_kind != "gpu":
         return "the fused kernel's dropout does not follow the layer's seed"
     if call.dropout >= 1:
         return "dropout=1 leaves nothing to be computed"
@@ -289,7 +280,7 @@ def _as_node(call, query, key, value, seed=None):
     # Nothing but these three gets a gradient from slices.
     given = [query, key, value]
     given += [x.detach() for x in (*tensors, *held, *biases, *seeds)]
-    arguments = (*rest, call.scale, call.dropout)
+    arguments = (*rest, call.scale, call.dropout, call.device)
     return as_node(_SlicesNode, arguments, given, reads_numbers=seed is not None)
 
 
@@ -305,11 +296,12 @@ class _SlicesNode:
         bias_count,
         scale,
         dropout,
+        device,
     ):
         self._mask, self._position_bias = mask, position_bias
         counts = 3, mask_count, position_count, bias_count
         self._ends = [*itertools.accumulate(counts)]
-        self._options = {"scale": scale, "dropout": dropout}
+        self._options = {"scale": scale, "dropout": dropout, "device": device}
 
     def _call(self, tensors):
         """Returns the call, and what its dropout is seeded with."""
@@ -402,7 +394,7 @@ def _slices(call):
     if is_one_call(call):
         yield _Slice(Tile(0, rows, 0, columns, whole=True))
         return
-    step = _ROWS if call.query.device.type == "cpu" else _ROWS_ELSEWHERE
+    step = _ROWS if call.device_kind == "cpu" else _ROWS_ELSEWHERE
     learned = call.mask.count if type(call.mask) is MaskBesideMemory else 0
     for row in range(0, rows, step):
         tile = Tile(row, min(step, rows - row), learned, columns - learned)

@@ -1,0 +1,43 @@
+"""From how many scores on tiles are better than whole scores, for a kind of device."""
+
+from typing import Any
+
+from keras_mha.kernels import backends
+from keras_mha.kernels.call import AttentionCall, Device
+
+# Off a CPU whole scores are the faster, and what speaks against them is their memory.
+# Of that a layer may take this share for its scores in float32, of which training holds
+# a few at a time.
+SHARE_OF_MEMORY = 1 / 64
+MEMORY = 16 * 2**30  # bytes of a device, where it does not say
+UNKNOWN_BATCH = 32  # rows of a batch whose size is not known yet
+
+
+def few_scores(device: Device | None, sequences: int = UNKNOWN_BATCH) -> int:
+    """Returns how many scores, of one head and sequence, are too many to have at once.
+
+    Args:
+        device: The kind of device; `None` counts as a CPU.
+        sequences: How many heads and sequences there are. Of no matter on a CPU, where
+            the number was measured: it says how fast tiles are, one after the other.
+    """
+    backend = backends.current()
+    if device in ("cpu", None):
+        return backend.FEW_SCORES
+    memory = backend.device_memory() or MEMORY
+    return int(memory * SHARE_OF_MEMORY) // 4 // max(sequences, 1)
+
+
+def few_scores_of(call: AttentionCall) -> int:
+    """Returns the number for a call."""
+    batch, heads = call.scores_shape[:2]
+    batch = batch if isinstance(batch, int) else UNKNOWN_BATCH
+    return few_scores(call.device_kind, batch * heads)
+
+
+def has_few_scores(call: AttentionCall) -> bool | None:
+    """Whether a call is better off with whole scores; `None` if it is not known yet."""
+    lengths: tuple[Any, Any] = call.scores_shape[2:]
+    if not all(isinstance(length, int) for length in lengths):
+        return None
+    return lengths[0] * lengths[1] < few_scores_of(call)

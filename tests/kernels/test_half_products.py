@@ -1,0 +1,153 @@
+"""Off a CPU half operands stay half in products, and sums are float32.
+
+No other device is asked here: the switch that one would turn is forced on.
+"""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mha
+from keras_mha.kernels import blockwise, reference
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.masks import Causal
+from tests import oracle
+from tests.helpers import only_jax, outputs_and_gradients, rounded
+
+LENGTH, HEADS, GROUPS, WIDTH = 48, 4, 2, 16
+SCALE = 0.3  # no power of two
+KERNELS = {"blockwise": blockwise.attend, "reference": reference.attend}
+
+
+def drawn(dtype):
+    """Query, key, value, and a gradient of the output, as they are in a half type."""
+    rng = np.random.default_rng(3)
+    shapes = [(2, LENGTH, n, WIDTH) for n in (HEADS, GROUPS, GROUPS, HEADS)]
+    return [rounded(2 * rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def exact(arrays):
+    *qkv, cotangent = arrays
+    mask = np.tri(LENGTH, dtype=bool)
+    output, _ = oracle.dot_product_attention(*qkv, mask=mask, scale=SCALE)
+    found = oracle.dot_product_attention_gradients(
+        *qkv, output_cotangent=cotangent, mask=mask, scale=SCALE
+    )
+    return [output, *(found[name] for name in ("dquery", "dkey", "dvalue"))]
+
+
+def errors(function, arrays, dtype):
+    """Root mean squares, of the output and the three gradients."""
+    *qkv, cotangent = arrays
+    outputs, gradients = outputs_and_gradients(function, qkv, [cotangent], dtype)
+    found = zip((*outputs, *gradients), exact(arrays), strict=True)
+    return [float(np.sqrt(np.mean((x - y) ** 2))) for x, y in found]
+
+
+def ours(kernel, device):
+    def attend(query, key, value):
+        call = AttentionCall(
+            query, key, value, mask=Causal(), scale=SCALE, device=device
+        )
+        return KERNELS[kernel](call).output
+
+    return attend
+
+
+def keras_layers(query, key, value):
+    """What `keras.layers.MultiHeadAttention` computes without a fused kernel."""
+    ops = keras.ops
+    key, value = (ops.repeat(x, HEADS // GROUPS, axis=2) for x in (key, value))
+    scores = ops.einsum("bsnh,btnh->bnts", key, query * SCALE)
+    softmax = keras.layers.Softmax(dtype=keras.backend.standardize_dtype(query.dtype))
+    scores = softmax(scores, mask=ops.convert_to_tensor(np.tri(LENGTH, dtype=bool)))
+    return ops.einsum("bnts,bsnh->btnh", scores, value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+def test_half_products_err_no_more_than_those_of_keras(kernel, dtype):
+    arrays = drawn(dtype)
+    theirs = errors(keras_layers, arrays, dtype)
+    mine = errors(ours(kernel, "gpu"), arrays, dtype)
+    assert all(x <= y for x, y in zip(mine, theirs, strict=True)), (mine, theirs)
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+def test_a_cpu_multiplies_what_float32_makes_of_half_types(kernel):
+    arrays = drawn("bfloat16")
+    on_cpu = errors(ours(kernel, "cpu"), arrays, "bfloat16")
+    elsewhere = errors(ours(kernel, "gpu"), arrays, "bfloat16")
+    assert on_cpu[0] < elsewhere[0]
+    assert errors(ours(kernel, None), arrays, "bfloat16") == on_cpu
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+def test_float32_is_not_cut_down_on_any_device(kernel):
+    arrays = drawn("float32")
+    assert max(errors(ours(kernel, "gpu"), arrays, "float32")) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "reference"])
+def test_dropout_scales_up_what_is_kept(kernel):
+    arrays = drawn("bfloat16")[:3]
+
+    def attend(device):
+        def function(*tensors):
+            call = AttentionCall(
+                *tensors, scale=SCALE, dropout=0.3, seed=5, device=device
+            )
+            return KERNELS[kernel](call).output
+
+        cotangent = np.ones((2, LENGTH, HEADS, WIDTH))
+        return outputs_and_gradients(function, arrays, [cotangent], "bfloat16")
+
+    (output,), gradients = attend("gpu")
+    (expected,), expected_gradients = attend("cpu")
+    np.testing.assert_allclose(output, expected, atol=0.25)
+    for x, y in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+# ------------------------------------------------ programs of JAX for other platforms
+
+
+def products(platform, length, dtype):
+    """The operands' dtypes of all products of a training step that is exported."""
+    import jax
+    from jax import export
+    from jax import numpy as jnp
+
+    def loss(*tensors):
+        output = keras_mha.dot_product_attention(*tensors, mask=Causal())
+        return jnp.sum(jnp.square(output.astype("float32")))
+
+    x = jax.ShapeDtypeStruct((2, length, 4, 64), dtype)
+    step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    module = export.export(step, platforms=[platform])(x, x, x).mlir_module()
+    pattern = r"dot_general[^\n]*: \(tensor<[^>]*x(\w+)>, tensor<[^>]*x(\w+)>\)"
+    return [dtype for pair in re.findall(pattern, module) for dtype in pair]
+
+
+@only_jax
+@pytest.mark.parametrize("length", [128, 1024])
+@pytest.mark.parametrize("platform", ["rocm", "cpu"])
+def test_a_program_multiplies_as_its_platform_does_best(platform, length):
+    """Not as that on which it is written."""
+    found = products(platform, length, "bfloat16")
+    assert len(found) >= 2 * 5  # forward and gradient
+    assert set(found) == {"f32" if platform == "cpu" else "bf16"}
+
+
+@only_jax
+def test_a_program_for_several_platforms_multiplies_as_each_does_best():
+    import jax
+    from jax import export
+
+    x = jax.ShapeDtypeStruct((2, 1024, 4, 64), "bfloat16")
+    step = jax.jit(lambda x: keras_mha.dot_product_attention(x, x, x))
+    module = export.export(step, platforms=["cpu", "rocm"])(x).mlir_module()
+    found = re.findall(r"dot_general[^\n]*: \(tensor<[^>]*x(\w+)>, tensor", module)
+    assert set(found) == {"f32", "bf16"}
