@@ -12,9 +12,16 @@ import pytest
 import keras_mha
 from keras_mha.kernels import blockwise, reference
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.half_products import factors_of_scale
 from keras_mha.masks import Causal
 from tests import oracle
-from tests.helpers import only_jax, outputs_and_gradients, rounded
+from tests.helpers import (
+    only_jax,
+    outputs_and_gradients,
+    rounded,
+    to_numpy,
+    to_tensor,
+)
 
 LENGTH, HEADS, GROUPS, WIDTH = 48, 4, 2, 16
 SCALE = 0.3  # no power of two
@@ -109,6 +116,28 @@ def test_dropout_scales_up_what_is_kept(kernel):
     np.testing.assert_allclose(output, expected, atol=0.25)
     for x, y in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="TensorFlow has no product of half types that is not rounded to them",
+)
+def test_products_are_not_rounded_to_the_half_type():
+    """Logits near 100 that differ by less than bfloat16's step of 0.5 there."""
+    query, value = np.ones((1, 1, 1, 2)), np.array([0.0, 1.0]).reshape(1, 2, 1, 1)
+    key = np.array([[64.0, 36.0], [64.0, 36.25]]).reshape(1, 2, 1, 2)
+    tensors = [to_tensor(x, "bfloat16") for x in (query, key, value)]
+    call = AttentionCall(*tensors, device="gpu")
+    output = to_numpy(blockwise.attend(call).output)
+    np.testing.assert_allclose(output, 1 / (1 + np.exp(-0.25)), atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.3, -0.7, 5.0, 0.0])
+def test_a_half_query_is_scaled_by_a_power_of_two_alone(scale):
+    early, late = factors_of_scale(scale, to_tensor(np.ones(1), "float16"))
+    assert early * late == scale
+    assert np.log2(early) == int(np.log2(early))
+    assert factors_of_scale(scale, to_tensor(np.ones(1), "float32")) == (scale, 1.0)
 
 
 # ------------------------------------------------ programs of JAX for other platforms
