@@ -112,7 +112,7 @@ def test_output_and_gradient_belong_to_the_same_weights(case, compiled, kernel):
 def test_equal_seeds_drop_the_same_and_others_do_not(kernel):
     first = kept(attention())
     np.testing.assert_array_equal(kept(attention()), first)
-    for seed in (8, -7, 7 + 2**20):
+    for seed in (8, 0, 7 + 2**20):
         other = kept(attention(seed=seed))
         assert 0.5 < (other == first).mean() < 0.65  # 0.7^2 + 0.3^2 are 0.58
 
