@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 
-
 _ODD = 0x9E3779B1
 
 
