@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha.kernels import blockwise, reference
+from keras_mha.kernels import blockwise, reference, thresholds
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.half_products import factors_of_scale
 from keras_mha.masks import Causal
+from keras_mha.ops import planner
 from tests import oracle
 from tests.helpers import (
     only_jax,
+    only_tensorflow,
     outputs_and_gradients,
     rounded,
     to_numpy,
@@ -138,6 +140,42 @@ def test_a_half_query_is_scaled_by_a_power_of_two_alone(scale):
     assert early * late == scale
     assert np.log2(early) == int(np.log2(early))
     assert factors_of_scale(scale, to_tensor(np.ones(1), "float32")) == (scale, 1.0)
+
+
+# ------------------------------------------------------------ TensorFlow, as on a GPU
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    from keras_mha.kernels import backends
+
+    monkeypatch.setattr(backends.current(), "device_kind", lambda x: "gpu")
+
+
+@only_tensorflow
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("memory", [2**34, 2**12])
+def test_a_layer_of_half_types_trains_as_on_a_gpu(
+    as_on_a_gpu, monkeypatch, memory, xla
+):
+    """With whole scores, which fit into 16 GiB, and in tiles, where they do not."""
+    monkeypatch.setattr(thresholds, "MEMORY", memory)
+    plans = []
+    plan = planner.plan
+    monkeypatch.setattr(
+        planner, "plan", lambda *call: plans.append(plan(*call)) or plans[-1]
+    )
+    keras.utils.set_random_seed(1)
+    x = np.random.default_rng(1).normal(size=(4, 48, 16)).astype("float32")
+    layer = keras_mha.MultiHeadAttention(2, 8, dropout=0.1, dtype="mixed_bfloat16")
+    inputs = keras.Input((48, 16))
+    model = keras.Model(inputs, layer(inputs, use_causal_mask=True))
+    model.compile("adam", "mse", jit_compile=xla)
+    before = model.evaluate(x, 0 * x, verbose=0)
+    model.fit(x, 0 * x, epochs=3, batch_size=2, verbose=0)
+    assert model.evaluate(x, 0 * x, verbose=0) < before
+    taken = {each.implementation for each in plans}
+    assert taken == {"reference" if memory == 2**34 else "blockwise"}
 
 
 # ------------------------------------------------ programs of JAX for other platforms
