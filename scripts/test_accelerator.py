@@ -4,8 +4,8 @@
     python scripts/test_accelerator.py torch      # one
     python scripts/test_accelerator.py jax --pytest="-k window -x"
 
-Nothing is installed: the backends are those of the Python that runs this. A backend that
-sees no device has its tests skipped, and one that tested nothing is no success.
+Nothing is installed: the backends are those of the Python that runs this. One that sees
+no device has its tests skipped, and where nothing was tested that is no success.
 """
 
 import argparse
