@@ -293,6 +293,36 @@ def test_learned_keys_are_seen_and_nothing_is_added_to_them(gpu):
     assert len(gpu) == 1  # the first of the two was by flex_attention
 
 
+def test_a_sink_that_takes_nothing():
+    sink = np.full(N, -np.inf)
+    mask = lambda: masks.Causal(-20)  # noqa: E731
+    (output,), found = outputs_and_gradients(
+        attention(mask=mask, sink=to_tensor(sink)),
+        arrays_of_a_call(),
+        [np.ones((B, T, N, V))],
+    )
+    expected, _ = oracle.dot_product_attention(*arrays_of_a_call(), mask=j <= i - 20)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    assert all(np.isfinite(gradient).all() for gradient in found)
+
+
+@pytest.mark.parametrize("width", [6, 16, 80])
+def test_heads_too_narrow_for_the_kernel_are_widened(width, monkeypatch):
+    from torch.nn.attention import flex_attention
+
+    widths, function = [], flex_attention.flex_attention
+
+    def wrapper(query, key, value, **options):
+        widths.extend(x.shape[3] for x in (query, key, value))
+        return function(query, key, value, **options)
+
+    monkeypatch.setattr(flex_attention, "flex_attention", wrapper)
+    x, value = drawn((1, 130, 2, width), (1, 130, 2, 5))
+    output = attention(mask=masks.Causal, logit_soft_cap=2.0)(*at(x, x, value))
+    assert output.shape == (1, 130, 2, 5)
+    assert widths == [max(width, 16)] * 2 + [16]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types(dtype):
     arrays = [rounded(x, dtype) for x in arrays_of_a_call()]

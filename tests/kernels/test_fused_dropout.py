@@ -272,6 +272,28 @@ def test_a_cuda_graph_that_is_recorded_takes_the_seeds_own_dropout(monkeypatch):
     assert "CUDA graph" in found.reason
 
 
+def test_in_a_compiled_program_no_cuda_graph_is_recorded_of_it():
+    import torch
+
+    tags = []
+
+    def read(graph, inputs):
+        for node in graph.graph.nodes:
+            if "attend" in str(node.target):
+                tags.append(node.target.tags)
+        return graph
+
+    x = to_tensor(np.ones((1, 6, 2, 8)))
+    for rate in (RATE, 0.0):
+        options = {"dropout": rate, "seed": 3, "mask": masks.SlidingWindow(2)}
+        torch.compile(
+            lambda x: keras_mha.dot_product_attention(x, x, x, **options),  # noqa: B023
+            backend=read,
+        )(x)
+    assert len(tags) == 1
+    assert torch.Tag.cudagraph_unsafe in tags[0]
+
+
 # ------------------------------------------------------------------------- the seeding
 
 

@@ -1,6 +1,7 @@
 """Which blocks of the scores PyTorch's flex_attention has to look at: its `BlockMask`,
 made of what masks say of tiles."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -40,18 +41,22 @@ _LEAVES = (Causal, Dense, Padding, Prefix, Segments, SlidingWindow, Where)
 def block_mask(mask: Mask, rows: int, columns: int, device: Any) -> flex.BlockMask:
     """Returns a mask of scores `(B, N, rows, columns)` as flex_attention takes it."""
     parts, tensors = split_tensors(mask)
-    size = _block_size(rows, columns)
     if torch.compiler.is_compiling():
         number = number_of(_Blocks, as_constants((parts, _says_the_same(mask))))
         held = [x.detach() for x in tensors]
         found = _blocks_of(torch.empty(0, device=device), held, number, rows, columns)
-    else:
-        blocks = _Blocks(parts, _says_the_same(mask))
-        found = blocks.of(tensors, rows, columns, device)
+        return _joined(found, rows, columns, mask_function(mask))
+    blocks = _Blocks(parts, _says_the_same(mask))
+    found = copy.copy(blocks.of(tensors, rows, columns, device))
+    found.mask_mod = mask_function(mask)
+    return found
+
+
+def _joined(blocks, rows, columns, function=None):
     return flex.BlockMask.from_kv_blocks(
-        *found,
-        BLOCK_SIZE=size,
-        mask_mod=mask_function(mask),
+        *blocks,
+        BLOCK_SIZE=_block_size(rows, columns),
+        mask_mod=function,
         seq_lengths=(rows, columns),
     )
 
@@ -78,7 +83,7 @@ class _Blocks:
         self._parts, self._says_the_same = parts, says_the_same
 
     def of(self, tensors, rows, columns, device):
-        """Returns how many blocks of each row are mixed and which, and those full."""
+        """Returns the mask of flex_attention, without what it says of mixed blocks."""
         if self._says_the_same:
             return _kept(self._parts, rows, columns, device)
         return _blocks(join_tensors(self._parts, tensors), rows, columns, device)
@@ -102,7 +107,8 @@ def _blocks(mask, rows, columns, device):
             for i in range(0, rows, size)
         ]
     )
-    return (*_ordered(status == "mixed", device), *_ordered(status == "full", device))
+    mixed, full = (_ordered(status == kind, device) for kind in ("mixed", "full"))
+    return _joined((*mixed, *full), rows, columns)
 
 
 @torch.library.custom_op(
@@ -117,7 +123,10 @@ def _blocks_of(
 ) -> list[torch.Tensor]:
     """In a program that is compiled: masks are asked when it runs."""
     found = made(number).of(tuple(tensors), rows, columns, like.device)
-    return [x.clone() for x in found]  # a program may write over what it is given
+    mixed = found.kv_num_blocks, found.kv_indices
+    full = found.full_kv_num_blocks, found.full_kv_indices
+    # A program may write over what it is given.
+    return [x.clone() for x in (*mixed, *full)]
 
 
 @_blocks_of.register_fake

@@ -150,7 +150,8 @@ def _attend(call):
 
 def _widened(x):
     """Zeros change no product, and what they give of the value is cut off."""
-    return functional.pad(x, (0, max(_WIDTHS[0] - x.shape[3], 0)))
+    missing = _WIDTHS[0] - x.shape[3]
+    return functional.pad(x, (0, missing)) if missing > 0 else x
 
 
 def _score(call):
