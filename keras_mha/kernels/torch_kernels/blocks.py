@@ -41,24 +41,29 @@ _LEAVES = (Causal, Dense, Padding, Prefix, Segments, SlidingWindow, Where)
 def block_mask(mask: Mask, rows: int, columns: int, device: Any) -> flex.BlockMask:
     """Returns a mask of scores `(B, N, rows, columns)` as flex_attention takes it."""
     parts, tensors = split_tensors(mask)
+    is_fixed = _says_the_same(mask)
     if torch.compiler.is_compiling():
-        number = number_of(_Blocks, as_constants((parts, _says_the_same(mask))))
+        number = number_of(_Blocks, as_constants((parts, is_fixed)))
         held = [x.detach() for x in tensors]
-        found = _blocks_of(torch.empty(0, device=device), held, number, rows, columns)
-        return _joined(found, rows, columns, mask_function(mask))
-    blocks = _Blocks(parts, _says_the_same(mask))
-    found = copy.copy(blocks.of(tensors, rows, columns, device))
+        blocks = _blocks_of(torch.empty(0, device=device), held, number, rows, columns)
+        found = _joined(blocks, rows, columns)
+    elif is_fixed:
+        found = copy.copy(_kept_mask(parts, rows, columns, device))
+    else:
+        found = _joined(_blocks(mask, rows, columns, device), rows, columns)
     found.mask_mod = mask_function(mask)
     return found
 
 
-def _joined(blocks, rows, columns, function=None):
-    return flex.BlockMask.from_kv_blocks(
-        *blocks,
-        BLOCK_SIZE=_block_size(rows, columns),
-        mask_mod=function,
-        seq_lengths=(rows, columns),
-    )
+@functools.lru_cache(maxsize=64)
+def _kept_mask(parts, rows, columns, device):
+    return _joined(_kept(parts, rows, columns, device), rows, columns)
+
+
+def _joined(blocks, rows, columns):
+    size = _block_size(rows, columns)
+    lengths = rows, columns
+    return flex.BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=size, seq_lengths=lengths)
 
 
 def _block_size(rows, columns):
@@ -83,7 +88,7 @@ class _Blocks:
         self._parts, self._says_the_same = parts, says_the_same
 
     def of(self, tensors, rows, columns, device):
-        """Returns the mask of flex_attention, without what it says of mixed blocks."""
+        """Returns how many blocks of each row are mixed and which, and those full."""
         if self._says_the_same:
             return _kept(self._parts, rows, columns, device)
         return _blocks(join_tensors(self._parts, tensors), rows, columns, device)
@@ -107,8 +112,7 @@ def _blocks(mask, rows, columns, device):
             for i in range(0, rows, size)
         ]
     )
-    mixed, full = (_ordered(status == kind, device) for kind in ("mixed", "full"))
-    return _joined((*mixed, *full), rows, columns)
+    return (*_ordered(status == "mixed", device), *_ordered(status == "full", device))
 
 
 @torch.library.custom_op(
@@ -123,10 +127,7 @@ def _blocks_of(
 ) -> list[torch.Tensor]:
     """In a program that is compiled: masks are asked when it runs."""
     found = made(number).of(tuple(tensors), rows, columns, like.device)
-    mixed = found.kv_num_blocks, found.kv_indices
-    full = found.full_kv_num_blocks, found.full_kv_indices
-    # A program may write over what it is given.
-    return [x.clone() for x in (*mixed, *full)]
+    return [x.clone() for x in found]  # a program may write over what it is given
 
 
 @_blocks_of.register_fake
