@@ -84,8 +84,7 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
         _raise_if(blockwise_refusal, "implementation='blockwise'")
         return Plan("blockwise", "asked for", _tiles(call))
     if fused_refusal is None:
-        reason = "the backend's own kernel can run the call"
-        return Plan("fused", reason, fused.attend)
+        return Plan("fused", fused.reason(call), fused.attend)
     if 0 in call.scores_shape and not call.return_scores:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
