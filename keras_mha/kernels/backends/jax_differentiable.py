@@ -269,6 +269,14 @@ _pull_back = _primitive("pull_back", _compute_pull_back, _abstract_pull_back)
 _tangent = _primitive("tangent", _compute_tangent, _abstract_tangent)
 
 
+def require_devices() -> None:
+    """Lets kernels say, from now on, how devices are to share them: JAX then keeps at
+    hand which devices a program is lowered for. No way to ask for it is public."""
+    from jax._src import dispatch
+
+    dispatch.prim_requires_devices_during_lowering.update((_attend, _pull_back))
+
+
 def _is_zero(tangent):
     return type(tangent) is ad.Zero
 
