@@ -34,6 +34,8 @@ _MOST_WIDTH = 256  # of wider heads a block overflows the memory of a TPU's core
 _MOST_BLOCKS = 2**17  # whose numbers lie in a TPU's small memory for scalars
 _NO_LOGIT = 0.99 * LOWEST  # a row's sum is less where all that it has is masked
 
+NAME = "splash attention"
+
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why splash attention cannot run this call, or `None` if it can."""
