@@ -36,6 +36,18 @@ def refusal(call: AttentionCall) -> str | None:
     return _KERNEL.refusal(call)
 
 
+def name(call: AttentionCall) -> str:
+    """Returns the name of the kernel that runs a call that is not refused."""
+    return _KERNEL.name(call)
+
+
+def reason(call: AttentionCall) -> str:
+    """Returns why a call that is not refused goes to the fused kernel, and which."""
+    if hasattr(_KERNEL, "reason"):
+        return _KERNEL.reason(call)
+    return "the backend's own kernel can run the call"
+
+
 def refusal_of_parts(call: AttentionCall) -> str | None:
     """Returns why the fused kernel cannot run this call where each process has a part
     of the sequences (`backends.splits_sequences`), or `None` if it can."""

@@ -33,6 +33,12 @@ def refusal(call: AttentionCall) -> str | None:
     return "; ".join(dict.fromkeys(refusals.values()))
 
 
+def name(call: AttentionCall) -> str:
+    """Returns the name of the kernel that runs a call that is not refused."""
+    refusals = _refusals(call).items()
+    return next(kernel.NAME for kernel, why in refusals if why is None)
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
     problem, tensors = prepared(call)

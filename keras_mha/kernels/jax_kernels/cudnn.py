@@ -48,6 +48,8 @@ from keras_mha.kernels.problem import MIXES_HEADS, Problem, undivided
 # and rows of the batch. Up to so many bytes they may be more than the bias has.
 _FEW_BYTES = 2**28
 
+NAME = "cuDNN"
+
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why cuDNN's kernel cannot run this call, or `None` if it can."""

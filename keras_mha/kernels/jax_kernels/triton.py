@@ -63,6 +63,8 @@ _BACKWARD = (
     *("num_stages", "grid", "interpret", "debug", "return_residuals", "res", "do"),
 )
 
+NAME = "Pallas (Triton)"
+
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why this kernel cannot run this call, or `None` if it can."""
