@@ -132,7 +132,13 @@ CASES = {
     "bias that masks, padding, causal": (
         causal(padding(ANYWHERE)),
         (j <= i) & keys(ANYWHERE),
-        {"bias": MASKING},
+        {"bias": np.where(np.isinf(MASKING), -np.inf, BIAS)},
+    ),
+    "bias lower than what a mask hides": (
+        causal(padding(FROM_THE_FIFTH)),
+        (j <= i) & keys(FROM_THE_FIFTH),
+        # Of which one key has all the weight: nothing hangs on how it is rounded.
+        {"bias": np.broadcast_to(-(2.0**26) * (j + 1), (B, 1, T, S))},
     ),
     "bias, booleans, sinks": (
         dense(DENSE),
@@ -403,6 +409,26 @@ def test_a_hidden_keys_score_is_low_but_no_lower_than_sums_can_bear(scale):
     assert 2.0**18 <= scale * 2.0**exponent <= 2.0**24
 
 
+@pytest.mark.parametrize("name", ["booleans of keys", "booleans and keys, causal"])
+def test_what_a_hidden_key_holds_is_of_no_matter(name, cudnn):
+    valid = ANYWHERE
+    mask, seen = masks.Dense(to_tensor(valid[:, None])), keys(valid)
+    if "causal" in name:
+        mask, seen = mask & masks.Causal(), seen & (j <= i)
+    arrays, call = a_call(mask)
+    key = np.where(valid[..., None, None], arrays[1], 1e12)
+    value = np.where(valid[..., None, None], arrays[2], 1e12)
+    call = replace(call, key=to_tensor(key), value=to_tensor(value))
+    output, _, gradients = run(cudnn, call, np.ones((B, T, N, V)))
+    expected, _ = oracle.dot_product_attention(*arrays, mask=seen, scale=0.4)
+    np.testing.assert_allclose(output, expected, atol=2e-5)
+    expected = oracle.dot_product_attention_gradients(
+        *arrays, mask=seen, scale=0.4, output_cotangent=np.ones((B, T, N, V))
+    )
+    wanted = in_layout("query", expected["dquery"], call)
+    np.testing.assert_allclose(gradients["query"], wanted, atol=1e-4)
+
+
 LENGTHS_OF_KEYS = {
     "right": (RIGHT, True),
     "right, one sees nothing": (j < np.array([[0], [6]]), True),
@@ -537,6 +563,11 @@ REFUSED = {
         },
         "more numbers than given",
     ),
+    "bias for all rows, padding": (
+        symbolic(),
+        {"bias": zeros(1, 4, 6, 6), "mask": masks.Padding(SOME)},
+        "more numbers than given",
+    ),
     "bias, window": (
         symbolic(),
         {"bias": zeros(1, 1, 6, 6), "mask": masks.Causal() & masks.SlidingWindow(2)},
@@ -553,7 +584,7 @@ REFUSED = {
             "mask": masks.Dense(np.ones((6, 6), bool)) & masks.Padding(SOME),
             "scale": -1.0,
         },
-        "hides no keys beside a window, a bias or booleans",
+        "hides no keys beside a window or booleans",
     ),
 }
 
@@ -761,7 +792,7 @@ def test_the_gradient_of_a_bias_of_all_rows_comes_of_tiles_if_it_would_be_large(
 
 def test_the_gradient_of_a_large_bias_is_exact(cudnn, monkeypatch):
     monkeypatch.setattr(cudnn, "_FEW_BYTES", 0)
-    mask, seen, options = CASES["bias that masks, padding, causal"]
+    mask, seen, options = CASES["bias of heads, causal"]
     check(cudnn, mask(), seen, options)
     assert len(cudnn.received) == 1
 
