@@ -873,7 +873,7 @@ def on_devices():
 
 OWN_SHARE = [
     *("rows", "rows, bias for all", "heads", "rows and heads"),
-    *("one key head", "two devices for a key head"),
+    *("one key head", "two devices for a key head", "segments"),
 ]
 GATHERED = ["keys not shared", "positions"]
 
