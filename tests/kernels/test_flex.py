@@ -50,7 +50,8 @@ SLOPES = (0.5, 0.25, 0.125, 0.0625)
 PLACES = RNG.integers(0, 99, size=(B, T)), RNG.integers(0, 99, size=(1, S))
 POINTS = RNG.integers(0, 9, size=(1, T, 2)), RNG.integers(0, 9, size=(1, S, 2))
 HIDING = np.where(RNG.uniform(size=(B, 1, T, S)) < 0.3, -1e30, 1.0)
-HIDING[0, 0, :7] = -np.inf  # rows that see nothing
+HIDING[0, 0, 100:107] = -np.inf  # rows that see nothing
+HIDING[1, 0, 110:113] = -1e30
 CAUSAL = j <= i
 COUNTED = np.arange(T), np.arange(S)
 
@@ -405,14 +406,35 @@ def test_more_kinds_of_calls_than_a_compiler_keeps_programs_for_a_function(gpu):
     import torch
 
     x = to_tensor(np.random.default_rng(0).normal(size=(1, 130, 2, 8)))
+    kinds = [MASKS[name][0] for name in ("offset", "window", "prefix", "where")]
     with torch._dynamo.config.patch(recompile_limit=2):
-        for cap in range(1, 5):
-            found = keras_mha.dot_product_attention(x, x, x, logit_soft_cap=cap)
+        for mask in kinds:
+            found = keras_mha.dot_product_attention(x, x, x, mask=mask())
     expected = keras_mha.dot_product_attention(
-        x, x, x, logit_soft_cap=4, implementation="reference"
+        x, x, x, mask=mask(), implementation="reference"
     )
     np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
     assert len(gpu) == 4
+
+
+@pytest.mark.parametrize("cap", [1.5, 2.5])
+def test_of_one_kind_the_compiler_learns_nothing_for_another(cap, gpu):
+    # A number that differs from call to call it would make a tensor of.
+    bias = RNG.normal(size=(1, N, 1, S))
+    make, of_table = by_distance()
+    for each in (1.0, cap):
+        function = attention(
+            ["bias", "table"], mask=masks.Causal, make=make, logit_soft_cap=each
+        )
+        table = RNG.normal(size=(N, 9))
+        check(
+            function,
+            [*arrays_of_a_call(), bias, table],
+            mask=CAUSAL,
+            bias=bias + of_table(table)[None],
+            logit_soft_cap=each,
+        )
+    assert len(gpu) == 2
 
 
 # ---------------------------------------------------------------------------- blocks
