@@ -51,7 +51,6 @@ PLACES = RNG.integers(0, 99, size=(B, T)), RNG.integers(0, 99, size=(1, S))
 POINTS = RNG.integers(0, 9, size=(1, T, 2)), RNG.integers(0, 9, size=(1, S, 2))
 HIDING = np.where(RNG.uniform(size=(B, 1, T, S)) < 0.3, -1e30, 1.0)
 HIDING[0, 0, 100:107] = -np.inf  # rows that see nothing
-HIDING[1, 0, 110:113] = -1e30
 CAUSAL = j <= i
 COUNTED = np.arange(T), np.arange(S)
 
