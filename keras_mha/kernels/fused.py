@@ -36,6 +36,11 @@ def refusal(call: AttentionCall) -> str | None:
     return _KERNEL.refusal(call)
 
 
+def name(call: AttentionCall) -> str:
+    """Returns the name of the kernel that runs a call that is not refused."""
+    return _KERNEL.name(call)
+
+
 def reason(call: AttentionCall) -> str:
     """Returns why a call that is not refused goes to the fused kernel, and which."""
     if hasattr(_KERNEL, "reason"):

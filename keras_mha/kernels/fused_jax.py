@@ -10,23 +10,33 @@ from typing import Any
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels import backends, blockwise
+from keras_mha.kernels.backends.jax_differentiable import require_devices
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.jax_kernels import sharing
 from keras_mha.kernels.problem import Problem, call_of, positions_first, prepared
 from keras_mha.kernels.thresholds import has_few_scores
 from keras_mha.kernels.whole import whole
 
-# Modules of `jax_kernels`, by kind of device. Imported when first asked for: each needs
-# a library of JAX's that other devices do not.
-_KERNELS = {"gpu": "cudnn", "tpu": "splash"}
+# Modules of `jax_kernels`, by kind of device, the better first. Imported when first
+# asked for: each needs a library of JAX's that other devices do not.
+_KERNELS = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 
 def refusal(call: AttentionCall) -> str | None:
     """Returns why no kernel of JAX's can run this call on its kind of device, or `None`
     if one can."""
-    kernel = _kernel(call.device_kind)
-    if kernel is None:
+    if call.device_kind not in _KERNELS:
         return "no fused kernel on the jax backend but on NVIDIA's GPUs and on TPUs"
-    return kernel.refusal(call)
+    refusals = _refusals(call)
+    if None in refusals.values():
+        return None
+    return "; ".join(dict.fromkeys(refusals.values()))
+
+
+def name(call: AttentionCall) -> str:
+    """Returns the name of the kernel that runs a call that is not refused."""
+    refusals = _refusals(call).items()
+    return next(kernel.NAME for kernel, why in refusals if why is None)
 
 
 def attend(call: AttentionCall) -> Tensor:
@@ -34,6 +44,8 @@ def attend(call: AttentionCall) -> Tensor:
     problem, tensors = prepared(call)
     if has_few_scores(call):
         problem = replace(problem, groups_at_once=None)  # all heads in one tile
+    if sharing.is_needed():
+        require_devices()
     output = backends.current().with_gradient(
         forward, backward, whole, problem, tensors
     )
@@ -52,13 +64,16 @@ def backward(
     return _of_device(problem, tensors).backward(problem, tensors, *results)
 
 
-def _kernel(device: str) -> Any:
-    name = _KERNELS.get(device)
-    return name and importlib.import_module(f"keras_mha.kernels.jax_kernels.{name}")
+def _refusals(call: AttentionCall) -> dict[Any, str | None]:
+    """Returns the kernels of the call's device, and why each cannot run it."""
+    names = _KERNELS.get(call.device_kind, ())
+    package = "keras_mha.kernels.jax_kernels"
+    kernels = (importlib.import_module(f"{package}.{name}") for name in names)
+    return {kernel: kernel.refusal(call) for kernel in kernels}
 
 
 def _of_device(problem: Problem, tensors: dict[str, Any]) -> Any:
-    kernel = _kernel(problem.device)
-    if kernel is None or kernel.refusal(call_of(problem, tensors)) is not None:
+    if problem.device not in _KERNELS:
         return blockwise
-    return kernel
+    refusals = _refusals(call_of(problem, tensors))
+    return next((each for each, why in refusals.items() if why is None), blockwise)

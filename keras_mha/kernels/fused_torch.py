@@ -32,6 +32,12 @@ def reason(call: AttentionCall) -> str:
     return f"{why_not}; torch's flex_attention runs the call, compiled"
 
 
+def name(call: AttentionCall) -> str:
+    """Returns the name of the kernel that runs a call that is not refused."""
+    is_flex = _refusals(call)[1] is None
+    return "flex_attention" if is_flex else "scaled_dot_product_attention"
+
+
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
     if _refusals(call)[1] is not None:

@@ -33,11 +33,14 @@ class Plan:
             `keras_mha.distribution.SequenceParallel` also `"ring"` or `"all_to_all"`.
         reason: One clause of English.
         kernel: The function that runs the call.
+        fused_kernel: The name of the backend's own kernel that runs it; `None` where
+            ours do.
     """
 
     implementation: str
     reason: str
     kernel: Callable[[AttentionCall], Attended] = field(repr=False)
+    fused_kernel: str | None = None
 
 
 def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
@@ -78,13 +81,13 @@ def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     fused_refusal = fused.refusal(call)
     if implementation == "fused":
         _raise_if(fused_refusal, "implementation='fused'")
-        return Plan("fused", "asked for", fused.attend)
+        return Plan("fused", "asked for", fused.attend, fused.name(call))
     blockwise_refusal = blockwise.refusal(call)
     if implementation == "blockwise":
         _raise_if(blockwise_refusal, "implementation='blockwise'")
         return Plan("blockwise", "asked for", _tiles(call))
     if fused_refusal is None:
-        return Plan("fused", fused.reason(call), fused.attend)
+        return Plan("fused", fused.reason(call), fused.attend, fused.name(call))
     if 0 in call.scores_shape and not call.return_scores:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
