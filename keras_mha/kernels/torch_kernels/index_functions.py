@@ -263,8 +263,14 @@ def _along_diagonals(bias, rows, columns, device):
     return lambda b, h, q, k: values[h, k - q + origin.to(q.dtype)]
 
 
-@functools.lru_cache(maxsize=64)
 def _on_device(numbers: tuple[float, ...], device: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _kept_on_device(numbers, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_on_device(numbers, device):
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
