@@ -600,18 +600,33 @@ def test_a_bias_of_a_users_answers_for_tiles_only(short):
     assert "asks for pairs, and Own answers for tiles" in found.reason
 
 
-def test_without_its_compiler_it_is_not_taken(monkeypatch):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_it_is_taken_where_its_compiler_is(is_there, short, monkeypatch):
+    import torch
+
     from keras_mha.kernels.torch_kernels import flex
 
-    class OnGPU:
-        device = type("device", (), {"type": "cuda", "index": 1})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.current(), "device_memory", lambda: None)
+    asked = []
+    monkeypatch.setattr(flex, "_has_compiler", lambda i: asked.append(i) or is_there)
+    found = plan(logit_soft_cap=3.0)
+    assert asked == [0] * len(asked) != []
+    assert (found.fused_kernel == "flex_attention") == is_there
+    assert ("Triton, is not there" in found.reason) != is_there
 
+
+def test_of_several_gpus_that_of_the_call_is_asked(monkeypatch):
+    import torch
+
+    from keras_mha.kernels.torch_kernels import flex
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = []
     monkeypatch.setattr(flex, "_has_compiler", lambda index: asked.append(index))
-    assert "Triton" in flex._refusal_of_compiler(OnGPU())
+    query = type("Tensor", (), {"device": torch.device("cuda:1")})
+    flex._refusal_of_compiler(query)
     assert asked == [1]
-    monkeypatch.setattr(flex, "_has_compiler", lambda index: True)
-    assert flex._refusal_of_compiler(OnGPU()) is None
 
 
 def test_derivatives_beyond_the_gradient_are_not_asked_of_it():

@@ -91,10 +91,12 @@ def _refusal_of_shapes(call):
 def _refusal_of_compiler(query: Any) -> str | None:
     if not hasattr(flex, "AuxRequest"):
         return "this version of PyTorch has not the flex_attention that is needed"
-    is_here = getattr(getattr(query, "device", None), "type", None) == "cuda"
-    if is_here and not _has_compiler(query.device.index or 0):
-        return "flex_attention's compiler, Triton, is not there"
-    return None  # of a device that is not here only its kind is known
+    # Of a device that is not here only its kind is known: it is taken to have one.
+    if torch.cuda.is_available():
+        device = getattr(query, "device", None)
+        if not _has_compiler(getattr(device, "index", None) or 0):
+            return "flex_attention's compiler, Triton, is not there"
+    return None
 
 
 @torch._dynamo.assume_constant_result
