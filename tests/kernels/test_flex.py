@@ -510,6 +510,28 @@ def test_blocks_are_not_taken_from_another_mask():
         assert looked_at[:, 128:].all() == (size > 128)
 
 
+@pytest.mark.parametrize("first", ["inference", "fake"])
+def test_what_is_kept_from_a_call_can_be_used_in_another(first):
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    from keras_mha.kernels.torch_kernels.blocks import block_mask
+
+    size = {"inference": 11, "fake": 12}[first]  # of which nothing is kept yet
+    slopes = tuple((size + n) / 100 for n in range(N))
+    function = attention(
+        mask=lambda: masks.SlidingWindow(size), make=lambda _: Slopes(slopes)
+    )
+    if first == "inference":
+        with torch.inference_mode():
+            function(*at(*arrays_of_a_call()))
+    else:
+        with FakeTensorMode():
+            block_mask(masks.SlidingWindow(size), T, S, torch.device("cpu"))
+    bias = -np.array(slopes)[:, None, None] * np.abs(j - i)
+    check(function, arrays_of_a_call(), mask=abs(i - j) < size, bias=bias)
+
+
 def test_a_mask_taken_apart_is_the_same_function():
     from keras_mha.kernels.torch_kernels.index_functions import mask_function
 
@@ -578,7 +600,8 @@ def test_what_the_other_kernel_does_as_well(options, short):
         ({"mask": InTiles()}, "asks for pairs, and InTiles answers for tiles"),
         ({"mask": Turned() & masks.Causal()}, "cannot compile what Turned does"),
         ({"mask": Branching()}, "cannot compile what Branching does"),
-        ({"x": half(width=300)}, "up to 256 wide"),
+        ({"x": half(width=300)}, "bfloat16 up to 256 wide"),
+        ({"x": half(width=130, dtype="float32")}, "float32 up to 128 wide"),
         ({"x": half(dtype="float64")}, "no float64"),
         ({"x": half(100)}, "pays from 128 queries"),
         ({"x": half(None)}, "lengths that are known"),
