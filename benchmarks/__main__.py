@@ -4,6 +4,9 @@ What was found is kept in `benchmarks/results/<backend>.json`; the pictures go t
 `docs/benchmarks/` and the tables between the marks in README.md. The part "scale"
 counts what each of several devices does, is kept in `scale.json` and told in
 `docs/scale.md`.
+
+On a GPU or TPU other cases are timed, of half types and larger batches, and kept in
+`benchmarks/results/<backend>-<device>.json`; neither pictures nor README change.
 """
 
 import argparse
@@ -17,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import chinese, draw, readme, results, scale
+from benchmarks import accelerators, chinese, draw, readme, results, scale
 from benchmarks.cases import LONGEST_WITH_WHOLE_SCORES, Case, cases, memory_cases
 from benchmarks.contestants import decoding
 from keras_mha import info
@@ -50,7 +53,9 @@ def main() -> None:
             _require_peer()
         if parts != (SCALE,):
             for backend in arguments.backend or info.BACKENDS:
-                measure(backend, arguments.case, parts)
+                device = measure(backend, arguments.case, parts)
+                if device != "cpu":
+                    accelerators.show(backend, device)
         if parts in (PARTS, (SCALE,)) and not arguments.backend:
             scale.measure()
     kept = results.load()
@@ -78,20 +83,29 @@ def _require_peer() -> None:
         raise SystemExit(str(error)) from None
 
 
-def measure(backend: str, names: list[str], parts: tuple[str, ...]) -> None:
+def measure(backend: str, names: list[str], parts: tuple[str, ...]) -> str:
     """Measures a backend and keeps what was found.
 
     Args:
         backend: String, the backend.
         names: List of strings, the only cases to be timed; empty for all.
         parts: Which of `PARTS` to measure. What is not measured is kept.
+
+    Returns:
+        The kind of device that it was measured on.
     """
-    timed = [case for case in cases(backend) if not names or case.name in names]
+    (asked,) = _lines(backend, "device")
+    device = asked["device"]
+    if device != "cpu":  # what a process holds says nothing of a device's memory
+        parts = ("time",)
+    every = cases(backend, device)
+    timed = [case for case in every if not names or case.name in names]
     timed = timed if "time" in parts else []
     memory = _memory() if "memory" in parts else []
     found: dict = {"machine": {}, "times": [], "memory": []}
-    if parts != PARTS:
-        found |= json.loads(results.path(backend).read_text())
+    file = results.path(backend, device)
+    if parts != PARTS and file.exists():
+        found |= json.loads(file.read_text())
     if memory:
         found["memory"] = []
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn())
@@ -108,7 +122,7 @@ def measure(backend: str, names: list[str], parts: tuple[str, ...]) -> None:
             else:
                 others = [x for x in found["times"] if x["case"] != line["case"]]
                 found["times"] = [*others, line]
-                _keep(backend, found)
+                _keep(file, found)
                 progress.advance(task)
         for case, contestant in memory:
             progress.update(
@@ -117,14 +131,15 @@ def measure(backend: str, names: list[str], parts: tuple[str, ...]) -> None:
             found["memory"] += _lines(
                 backend, "memory", json.dumps(case.config), contestant
             )
-            _keep(backend, found)
+            _keep(file, found)
             progress.advance(task)
         if "decoding" in parts:
             progress.update(task, description=f"{backend}: decoding")
             for line in _lines(backend, "decoding"):
                 found |= line
-            _keep(backend, found)
+            _keep(file, found)
             progress.advance(task)
+    return device
 
 
 def _memory() -> list[tuple[Case, str]]:
@@ -136,8 +151,7 @@ def _memory() -> list[tuple[Case, str]]:
     ]
 
 
-def _keep(backend: str, found: dict) -> None:
-    path = results.path(backend)
+def _keep(path: Path, found: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
 

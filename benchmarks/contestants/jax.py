@@ -31,7 +31,7 @@ def _ready(function, *arguments):
 
 
 def _function(function, case):
-    x = jnp.asarray(common.heads(case))
+    x = jnp.asarray(common.heads(case), case.dtype)
 
     def loss(*tensors):
         return function(*tensors).sum()
@@ -41,7 +41,7 @@ def _function(function, case):
 
 
 def _layer(layer, call, case):
-    x = jnp.asarray(common.inputs(case))
+    x = jnp.asarray(common.inputs(case), case.dtype)
     weights = [variable.value for variable in layer.trainable_variables]
     others = [variable.value for variable in layer.non_trainable_variables]
     options = {"use_causal_mask": True}
@@ -75,9 +75,10 @@ def _flax(case):
         dropout_rate=RATE if case.kind == "dropout" else 0.0,
         broadcast_dropout=False,
         decode=False,
+        dtype=case.dtype,
         rngs=nnx.Rngs(0),
     )
-    x = jnp.asarray(common.inputs(case))
+    x = jnp.asarray(common.inputs(case), case.dtype)
     mask = jnp.asarray(common.allowed(case))[None, None]
 
     def forward(layer, x, mask):

@@ -1,5 +1,6 @@
 """Contestants under PyTorch: both Keras layers, torch's layer and torch's function."""
 
+import keras
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,24 +32,37 @@ def _contestant(call, parameters):
 
     def forward():
         with torch.no_grad():
-            call(False)
+            _done(call(False))
 
     def training():
         for parameter in parameters:
             parameter.grad = None
         call(True).sum().backward()
+        _done(parameters[0].grad)
 
     return forward, training
 
 
+def _done(tensor):
+    """Waits for what a GPU still computes."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def _tensor(array, dtype=None):
+    """Puts numbers where Keras has its own, of the case's type if it is said."""
+    dtype = dtype and getattr(torch, dtype)
+    return torch.as_tensor(array, dtype=dtype, device=keras.ops.zeros(()).device)
+
+
 def _function(function, case):
-    x = torch.tensor(common.heads(case))
+    x = _tensor(common.heads(case), case.dtype)
     tensors = [x.clone().requires_grad_() for _ in range(3)]
     return _contestant(lambda training: function(*tensors), tensors)
 
 
 def _layer(layer, call, case):
-    x = torch.tensor(common.inputs(case), requires_grad=True)
+    x = _tensor(common.inputs(case), case.dtype).requires_grad_()
     parameters = [x, *layer.parameters()]
     return _contestant(lambda training: call(x, training), parameters)
 
@@ -59,12 +73,14 @@ def _torch_nn(case):
         HEADS,
         dropout=RATE if case.kind == "dropout" else 0.0,
         batch_first=True,
+        device=keras.ops.zeros(()).device,
+        dtype=getattr(torch, case.dtype),
     )
-    x = torch.tensor(common.inputs(case), requires_grad=True)
-    options = {"attn_mask": ~torch.tensor(common.allowed(case)), "need_weights": False}
+    x = _tensor(common.inputs(case), case.dtype).requires_grad_()
+    options = {"attn_mask": ~_tensor(common.allowed(case)), "need_weights": False}
     options["is_causal"] = case.kind in ("causal", "dropout")
     if case.kind == "biased":
-        bias = torch.tensor(common.bias(case))
+        bias = _tensor(common.bias(case), case.dtype)
         options["attn_mask"] = bias.masked_fill(options["attn_mask"], -torch.inf)
 
     def call(training):

@@ -56,7 +56,7 @@ def _refusals(call: AttentionCall) -> tuple[str | None, str | None]:
     why_not = sdpa.refusal(call)
     if call.device_kind != "gpu":
         return why_not, _ELSEWHERE
-    if why_not is None and (call.dropout > 0 or sdpa.is_one_call(call)):
+    if why_not is None and sdpa.is_one_call(call):
         return why_not, _NOT_NEEDED
     from keras_mha.kernels.torch_kernels import flex  # heavy, and not there everywhere
 

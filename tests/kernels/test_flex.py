@@ -50,7 +50,7 @@ SLOPES = (0.5, 0.25, 0.125, 0.0625)
 PLACES = RNG.integers(0, 99, size=(B, T)), RNG.integers(0, 99, size=(1, S))
 POINTS = RNG.integers(0, 9, size=(1, T, 2)), RNG.integers(0, 9, size=(1, S, 2))
 HIDING = np.where(RNG.uniform(size=(B, 1, T, S)) < 0.3, -1e30, 1.0)
-HIDING[0, 0, :7] = -np.inf  # rows that see nothing
+HIDING[0, 0, 100:107] = -np.inf  # rows that see nothing
 CAUSAL = j <= i
 COUNTED = np.arange(T), np.arange(S)
 
@@ -405,14 +405,35 @@ def test_more_kinds_of_calls_than_a_compiler_keeps_programs_for_a_function(gpu):
     import torch
 
     x = to_tensor(np.random.default_rng(0).normal(size=(1, 130, 2, 8)))
+    kinds = [MASKS[name][0] for name in ("offset", "window", "prefix", "where")]
     with torch._dynamo.config.patch(recompile_limit=2):
-        for cap in range(1, 5):
-            found = keras_mha.dot_product_attention(x, x, x, logit_soft_cap=cap)
+        for mask in kinds:
+            found = keras_mha.dot_product_attention(x, x, x, mask=mask())
     expected = keras_mha.dot_product_attention(
-        x, x, x, logit_soft_cap=4, implementation="reference"
+        x, x, x, mask=mask(), implementation="reference"
     )
     np.testing.assert_allclose(to_numpy(found), to_numpy(expected), atol=1e-6)
     assert len(gpu) == 4
+
+
+@pytest.mark.parametrize("cap", [1.5, 2.5])
+def test_of_one_kind_the_compiler_learns_nothing_for_another(cap, gpu):
+    # A number that differs from call to call it would make a tensor of.
+    bias = RNG.normal(size=(1, N, 1, S))
+    make, of_table = by_distance()
+    for each in (1.0, cap):
+        function = attention(
+            ["bias", "table"], mask=masks.Causal, make=make, logit_soft_cap=each
+        )
+        table = RNG.normal(size=(N, 9))
+        check(
+            function,
+            [*arrays_of_a_call(), bias, table],
+            mask=CAUSAL,
+            bias=bias + of_table(table)[None],
+            logit_soft_cap=each,
+        )
+    assert len(gpu) == 2
 
 
 # ---------------------------------------------------------------------------- blocks
@@ -489,6 +510,28 @@ def test_blocks_are_not_taken_from_another_mask():
         assert looked_at[:, 128:].all() == (size > 128)
 
 
+@pytest.mark.parametrize("first", ["inference", "fake"])
+def test_what_is_kept_from_a_call_can_be_used_in_another(first):
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    from keras_mha.kernels.torch_kernels.blocks import block_mask
+
+    size = {"inference": 11, "fake": 12}[first]  # of which nothing is kept yet
+    slopes = tuple((size + n) / 100 for n in range(N))
+    function = attention(
+        mask=lambda: masks.SlidingWindow(size), make=lambda _: Slopes(slopes)
+    )
+    if first == "inference":
+        with torch.inference_mode():
+            function(*at(*arrays_of_a_call()))
+    else:
+        with FakeTensorMode():
+            block_mask(masks.SlidingWindow(size), T, S, torch.device("cpu"))
+    bias = -np.array(slopes)[:, None, None] * np.abs(j - i)
+    check(function, arrays_of_a_call(), mask=abs(i - j) < size, bias=bias)
+
+
 def test_a_mask_taken_apart_is_the_same_function():
     from keras_mha.kernels.torch_kernels.index_functions import mask_function
 
@@ -557,7 +600,8 @@ def test_what_the_other_kernel_does_as_well(options, short):
         ({"mask": InTiles()}, "asks for pairs, and InTiles answers for tiles"),
         ({"mask": Turned() & masks.Causal()}, "cannot compile what Turned does"),
         ({"mask": Branching()}, "cannot compile what Branching does"),
-        ({"x": half(width=300)}, "up to 256 wide"),
+        ({"x": half(width=300)}, "bfloat16 up to 256 wide"),
+        ({"x": half(width=130, dtype="float32")}, "float32 up to 128 wide"),
         ({"x": half(dtype="float64")}, "no float64"),
         ({"x": half(100)}, "pays from 128 queries"),
         ({"x": half(None)}, "lengths that are known"),
@@ -579,18 +623,33 @@ def test_a_bias_of_a_users_answers_for_tiles_only(short):
     assert "asks for pairs, and Own answers for tiles" in found.reason
 
 
-def test_without_its_compiler_it_is_not_taken(monkeypatch):
+@pytest.mark.parametrize("is_there", [True, False])
+def test_it_is_taken_where_its_compiler_is(is_there, short, monkeypatch):
+    import torch
+
     from keras_mha.kernels.torch_kernels import flex
 
-    class OnGPU:
-        device = type("device", (), {"type": "cuda", "index": 1})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.current(), "device_memory", lambda: None)
+    asked = []
+    monkeypatch.setattr(flex, "_has_compiler", lambda i: asked.append(i) or is_there)
+    found = plan(logit_soft_cap=3.0)
+    assert asked == [0] * len(asked) != []
+    assert (found.fused_kernel == "flex_attention") == is_there
+    assert ("Triton, is not there" in found.reason) != is_there
 
+
+def test_of_several_gpus_that_of_the_call_is_asked(monkeypatch):
+    import torch
+
+    from keras_mha.kernels.torch_kernels import flex
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = []
     monkeypatch.setattr(flex, "_has_compiler", lambda index: asked.append(index))
-    assert "Triton" in flex._refusal_of_compiler(OnGPU())
+    query = type("Tensor", (), {"device": torch.device("cuda:1")})
+    flex._refusal_of_compiler(query)
     assert asked == [1]
-    monkeypatch.setattr(flex, "_has_compiler", lambda index: True)
-    assert flex._refusal_of_compiler(OnGPU()) is None
 
 
 def test_derivatives_beyond_the_gradient_are_not_asked_of_it():

@@ -2,7 +2,6 @@
 made of what masks say of tiles."""
 
 import copy
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from keras_mha.kernels.backends.torch_operators import made, number_of
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.static_parts import as_constants
 from keras_mha.kernels.torch_kernels.index_functions import mask_function
+from keras_mha.kernels.torch_kernels.kept import kept
 from keras_mha.masks import (
     And,
     Causal,
@@ -55,7 +55,7 @@ def block_mask(mask: Mask, rows: int, columns: int, device: Any) -> flex.BlockMa
     return found
 
 
-@functools.lru_cache(maxsize=64)
+@kept(most=64)
 def _kept_mask(parts, rows, columns, device):
     return _joined(_kept(parts, rows, columns, device), rows, columns)
 
@@ -94,7 +94,7 @@ class _Blocks:
         return _blocks(join_tensors(self._parts, tensors), rows, columns, device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(most=64)
 def _kept(parts, rows, columns, device):
     # The tensors themselves would be kept too.
     mask = join_tensors(parts, itertools.repeat(torch.empty(0)))

@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import flex_attention as flex
 
-from keras_mha._keras import Tensor
+from keras_mha._keras import Tensor, dtype_name
 from keras_mha.kernels import reference
 from keras_mha.kernels.backends.torch import (
     is_exporting,
@@ -50,7 +50,8 @@ from keras_mha.kernels.torch_kernels.index_functions import (
 
 _FEWEST_ROWS = 128  # of fewer, whole scores are few too, and nothing need be compiled
 _numbers = itertools.count()
-_WIDTHS = 16, 256  # narrower heads are padded; wider ones may not fit the kernel
+_LEAST_WIDTH = 16  # narrower heads are padded
+_MOST_BYTES = 512  # of a head; the kernel may not find room for more
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -81,20 +82,25 @@ def _refusal_of_shapes(call):
         return "flex_attention is told the blocks of lengths that are known"
     if rows < _FEWEST_ROWS or columns < 1:
         return f"flex_attention's kernel pays from {_FEWEST_ROWS} queries"
-    if max(call.query.shape[3], call.value.shape[3]) > _WIDTHS[1]:
-        return f"flex_attention's kernel takes heads up to {_WIDTHS[1]} wide"
-    if "float64" in str(call.query.dtype):
-        return "flex_attention's kernel has no float64"
+    bytes_of_number = {"float16": 2, "bfloat16": 2, "float32": 4}
+    dtype = dtype_name(call.query)
+    if dtype not in bytes_of_number:
+        return f"flex_attention's kernel has no {dtype}"
+    most = _MOST_BYTES // bytes_of_number[dtype]
+    if max(call.query.shape[3], call.value.shape[3]) > most:
+        return f"flex_attention's kernel takes heads of {dtype} up to {most} wide"
     return None
 
 
 def _refusal_of_compiler(query: Any) -> str | None:
     if not hasattr(flex, "AuxRequest"):
         return "this version of PyTorch has not the flex_attention that is needed"
-    is_here = getattr(getattr(query, "device", None), "type", None) == "cuda"
-    if is_here and not _has_compiler(query.device.index or 0):
-        return "flex_attention's compiler, Triton, is not there"
-    return None  # of a device that is not here only its kind is known
+    # Of a device that is not here only its kind is known: it is taken to have one.
+    if torch.cuda.is_available():
+        device = getattr(query, "device", None)
+        if not _has_compiler(getattr(device, "index", None) or 0):
+            return "flex_attention's compiler, Triton, is not there"
+    return None
 
 
 @torch._dynamo.assume_constant_result
@@ -150,7 +156,7 @@ def _attend(call):
 
 def _widened(x):
     """Zeros change no product, and what they give of the value is cut off."""
-    missing = _WIDTHS[0] - x.shape[3]
+    missing = _LEAST_WIDTH - x.shape[3]
     return functional.pad(x, (0, missing)) if missing > 0 else x
 
 

@@ -8,7 +8,6 @@ References:
     Dong et al., 2024, Flex Attention: https://arxiv.org/abs/2412.05496
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +25,7 @@ from keras_mha.biases import (
 )
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.static_parts import as_constants, from_constants
+from keras_mha.kernels.torch_kernels.kept import kept
 from keras_mha.masks import (
     And,
     Causal,
@@ -263,8 +263,14 @@ def _along_diagonals(bias, rows, columns, device):
     return lambda b, h, q, k: values[h, k - q + origin.to(q.dtype)]
 
 
-@functools.lru_cache(maxsize=64)
 def _on_device(numbers: tuple[float, ...], device: Any) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _kept_on_device(numbers, device)
+
+
+@kept(most=64)
+def _kept_on_device(numbers, device):
     return torch.tensor(numbers, dtype=torch.float32, device=device)
 
 

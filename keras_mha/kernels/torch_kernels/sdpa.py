@@ -344,8 +344,6 @@ class _Slices(torch.autograd.Function):
     def backward(ctx, output_gradient):
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # this gradient is to be differentiated again
-            if ctx.number is not None:
-                raise RuntimeError(_UNKNOWN)
             found = of_formula(
                 lambda *inputs: _attend_slice(ctx.call, _whole(*inputs[:2]), *inputs),
                 inputs,
