@@ -22,21 +22,17 @@ from keras_mha.kernels.whole import whole
 _KERNELS = {"gpu": ("cudnn", "triton"), "tpu": ("splash",)}
 
 
-def refusal(call: AttentionCall) -> str | None:
-    """Returns why no kernel of JAX's can run this call on its kind of device, or `None`
-    if one can."""
+def choose(call: AttentionCall) -> tuple[str | None, str]:
+    """Returns the name of JAX's kernel for a call on its kind of device, `None` if none
+    can run it, and why."""
     if call.device_kind not in _KERNELS:
-        return "no fused kernel on the jax backend but on NVIDIA's GPUs and on TPUs"
+        why = "no fused kernel on the jax backend but on NVIDIA's GPUs and on TPUs"
+        return None, why
     refusals = _refusals(call)
-    if None in refusals.values():
-        return None
-    return "; ".join(dict.fromkeys(refusals.values()))
-
-
-def name(call: AttentionCall) -> str:
-    """Returns the name of the kernel that runs a call that is not refused."""
-    refusals = _refusals(call).items()
-    return next(kernel.NAME for kernel, why in refusals if why is None)
+    for kernel, why in refusals.items():
+        if why is None:
+            return kernel.NAME, "the backend's own kernel can run the call"
+    return None, "; ".join(dict.fromkeys(refusals.values()))
 
 
 def attend(call: AttentionCall) -> Tensor:

@@ -11,36 +11,26 @@ from keras_mha.kernels.torch_kernels import sdpa
 
 refusal_of_parts = sdpa.refusal_of_parts
 
+SDPA, FLEX = "scaled_dot_product_attention", "flex_attention"
 
-def refusal(call: AttentionCall) -> str | None:
-    """Returns why none of PyTorch's kernels can run this call, or `None`."""
+
+def choose(call: AttentionCall) -> tuple[str | None, str]:
+    """Returns the name of PyTorch's kernel for a call, `None` if none can run it, and
+    why."""
     why_not, flex_why_not = _refusals(call)
-    if why_not is None or flex_why_not is None:
-        return None
-    if flex_why_not is _ELSEWHERE:
-        return why_not
-    return f"{why_not}, and {flex_why_not}"
-
-
-def reason(call: AttentionCall) -> str:
-    """Returns which kernel runs a call that is not refused, and why."""
-    why_not, flex_why_not = _refusals(call)
-    if flex_why_not is not None:
-        return "the backend's own kernel can run the call"
+    if flex_why_not is None:
+        why_not = why_not or "masks of all scores would be needed otherwise"
+        return FLEX, f"{why_not}; torch's flex_attention runs the call, compiled"
     if why_not is None:
-        why_not = "masks of all scores would be needed otherwise"
-    return f"{why_not}; torch's flex_attention runs the call, compiled"
-
-
-def name(call: AttentionCall) -> str:
-    """Returns the name of the kernel that runs a call that is not refused."""
-    is_flex = _refusals(call)[1] is None
-    return "flex_attention" if is_flex else "scaled_dot_product_attention"
+        return SDPA, "the backend's own kernel can run the call"
+    if flex_why_not is _ELSEWHERE:
+        return None, why_not
+    return None, f"{why_not}, and {flex_why_not}"
 
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
-    if _refusals(call)[1] is not None:
+    if call.device_kind != "gpu" or _refusals(call)[1] is not None:
         return sdpa.attend(call)
     from keras_mha.kernels.torch_kernels import flex
 

@@ -78,16 +78,17 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
 def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     if implementation == "reference":
         return Plan("reference", "asked for", reference.attend)
-    fused_refusal = fused.refusal(call)
+    fused_kernel, why = fused.choose(call)
+    fused_refusal = why if fused_kernel is None else None
     if implementation == "fused":
         _raise_if(fused_refusal, "implementation='fused'")
-        return Plan("fused", "asked for", fused.attend, fused.name(call))
-    blockwise_refusal = blockwise.refusal(call)
+        return Plan("fused", "asked for", fused.attend, fused_kernel)
     if implementation == "blockwise":
-        _raise_if(blockwise_refusal, "implementation='blockwise'")
+        _raise_if(blockwise.refusal(call), "implementation='blockwise'")
         return Plan("blockwise", "asked for", _tiles(call))
     if fused_refusal is None:
-        return Plan("fused", fused.reason(call), fused.attend, fused.name(call))
+        return Plan("fused", why, fused.attend, fused_kernel)
+    blockwise_refusal = blockwise.refusal(call)
     if 0 in call.scores_shape and not call.return_scores:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":

@@ -76,6 +76,8 @@ def refusal_of_dropout(call: AttentionCall) -> str | None:
 
 
 def _is_bias_trained(call):
+    if not call.has_bias:
+        return False
     weights = (call.bias, *split_tensors(call.position_bias)[1])
     return any(getattr(weight, "requires_grad", False) for weight in weights)
 
@@ -100,8 +102,9 @@ def refusal_of_parts(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
+    dtype = _dtype(call)
     query, key, value = (
-        x.to(_dtype(call)).transpose(1, 2) for x in (call.query, call.key, call.value)
+        x.to(dtype).transpose(1, 2) for x in (call.query, call.key, call.value)
     )
     width, value_width = query.shape[3], value.shape[3]
     if width != value_width:
@@ -127,12 +130,16 @@ def _attend_seeded(call, query, key, value, seed):
     number = None if seed is None else number_of(seed)
     if not is_one_call(call) and not takes_formula():
         return _attend_slices(call, query, key, value, number)
+    if number is None:
+        return _attend_slice(call, _whole(query, key), query, key, value)
     with seeded(query.device, number):
         return _attend_slice(call, _whole(query, key), query, key, value)
 
 
 def _dtype(call: AttentionCall) -> torch.dtype:
     """The kernel takes one for all: a float32 bias is not cut down to a half type."""
+    if not call.has_bias:
+        return call.query.dtype
     held = (call.bias, *split_tensors(call.position_bias)[1])
     dtype = call.query.dtype if call.position_bias is None else torch.float32
     for x in held:
