@@ -16,6 +16,7 @@ from jax.extend.core import Literal
 from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
+from keras_mha.kernels.jax_kernels.mask_parts import dense_shape
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.masks import (
     And,
@@ -100,10 +101,7 @@ def _sort_into(found, mask):
 
 def _sort_dense_into(found, mask):
     """Booleans that are the same for all keys, or for all queries, are padding."""
-    shape = (1,) * (4 - len(mask.values.shape)) + tuple(mask.values.shape)
-    if len(mask.values.shape) == 3:
-        shape = (shape[1], 1, *shape[2:])
-    batch, heads, rows, columns = shape
+    batch, heads, rows, columns = dense_shape(mask)
     if heads == 1 and columns == 1:
         found.queries.append(ops.reshape(mask.values, (batch, rows)))
     elif heads == 1 and rows == 1:
