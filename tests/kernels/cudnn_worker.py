@@ -1,4 +1,4 @@
-"""A process with four devices, which share calls of cuDNN's kernel.
+"""A process with four devices, which share calls of cuDNN's kernel and of Pallas's.
 
 Prints a line of JSON: for each layout the largest error against one device, and how
 devices get whole tensors of each other.
@@ -27,7 +27,7 @@ from keras_mha.kernels.backends.jax_differentiable import (
     with_gradient,
 )
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives, sharing
+from keras_mha.kernels.jax_kernels import cudnn, cudnn_primitives, sharing, triton
 from keras_mha.kernels.jax_kernels.cudnn_arguments import MASKED
 from keras_mha.kernels.problem import positions_first, prepared
 from keras_mha.kernels.whole import whole
@@ -41,44 +41,50 @@ BOTH = P("rows", None, "heads")
 NONE = P()
 
 # Devices along rows and heads, query and key heads, how query and keys are shared, the
-# shape of the bias, and how it is.
+# shape of the bias, and how it is; then whether tokens are of segments.
 LAYOUTS = {
     "rows": ((4, 1), 4, 2, ROWS, ROWS, None, NONE),
     "rows, bias for all": ((4, 1), 4, 2, ROWS, ROWS, (1, 1), NONE),
-    "rows, bias of each": ((4, 1), 4, 2, ROWS, ROWS, (B, 1), ROWS),
     "heads": ((1, 4), 4, 4, HEADS, HEADS, None, NONE),
     "rows and heads": ((2, 2), 4, 2, BOTH, BOTH, (1, 4), P(None, "heads")),
     "one key head": ((1, 4), 4, 1, HEADS, NONE, (1, 4), P(None, "heads")),
     "keys not shared": ((2, 2), 4, 2, BOTH, NONE, None, NONE),
-    "fewer key heads than devices": ((1, 4), 4, 2, HEADS, NONE, None, NONE),
     "two devices for a key head": ((1, 4), 8, 2, HEADS, NONE, (1, 8), NONE),
+    "segments": ((2, 2), 4, 2, BOTH, BOTH, None, NONE, True),
     "positions": ((1, 4), 4, 2, P(None, "heads"), NONE, None, NONE),
 }
 
 
-def step(query, key, value, valid, d_output, bias):
+def step(query, key, value, marks, d_output, bias):
+    # Booleans say which keys are real, numbers to which segment a token belongs.
+    padded = marks.dtype == bool
+    mask = masks.Padding(marks) if padded else masks.Segments(marks)
+    kernel = cudnn if padded else triton
+
     def attend(query, key, value, bias):
         call = AttentionCall(
             *(query, key, value),
-            mask=masks.Padding(valid),
+            mask=mask,
             bias=bias,
             scale=0.3,
             device="gpu",
         )
         problem, tensors = prepared(call)
-        output = with_gradient(cudnn.forward, cudnn.backward, whole, problem, tensors)
+        output = with_gradient(kernel.forward, kernel.backward, whole, problem, tensors)
         return positions_first(output)
 
     output, pull_back = jax.vjp(attend, query, key, value, bias)
     return output, pull_back(d_output)
 
 
-def result(devices, heads, groups, of_query, of_key, bias, of_bias):
+def result(devices, heads, groups, of_query, of_key, bias, of_bias, segments=False):
+    length = T if segments else S
     query, d_output = (RNG.normal(size=(B, T, heads, H)) for _ in range(2))
-    key, value = (RNG.normal(size=(B, S, groups, H)) for _ in range(2))
-    valid = RNG.uniform(size=(B, S)) < 0.7
+    key, value = (RNG.normal(size=(B, length, groups, H)) for _ in range(2))
+    marks = RNG.uniform(size=(B, length)) < 0.7
+    marks = marks.astype("int32") if segments else marks
     arrays = [x.astype("float32") for x in (query, key, value)]
-    arrays += [valid, d_output.astype("float32")]
+    arrays += [marks, d_output.astype("float32")]
     bias = None if bias is None else RNG.normal(size=(*bias, T, S)).astype("float32")
     arrays.append(bias)
     expected = jax.jit(step)(*arrays)
@@ -102,6 +108,7 @@ def result(devices, heads, groups, of_query, of_key, bias, of_bias):
 
 MASKED["float32"] = MASKED["bfloat16"]
 cudnn_primitives._kernels = lambda: stand_ins([])
+triton._INTERPRET = True
 sharing.is_needed = lambda: True
 require_devices()
 print(json.dumps({name: result(*layout) for name, layout in LAYOUTS.items()}))

@@ -7,12 +7,13 @@ every other mask is said in another way:
 - Keys that are hidden from all queries alike (padding), where their order says nothing:
   those that are seen are put first, and counted.
 - The same where it does: heads get one more feature, which is `a` in every query, 0 in
-  a key that is seen and `-b` in one that is not. With `scale * a * b` of some millions
-  the weight of a hidden key is exactly 0, as long as no two scores of a row are as far
-  apart; and to the score of a key that is seen, exactly 0 is added.
+  a key that is seen and `-b` in one that is not, whose other features are 0. With a
+  score of minus some millions, `-scale * a * b`, the weight of a hidden key is exactly
+  0, as long as one of the others is above; and to their scores exactly 0 is added.
 - Where heads are too wide for one more: those that are seen are counted if they are the
   first, which is looked at when the program runs; else tiles run.
-- Booleans that the caller gave for all pairs become a bias.
+- Booleans that the caller gave for all pairs become a bias. A bias that is given masks
+  itself, with all that the other masks hide, as low as that may be.
 - Queries that see nothing are found beforehand: cuDNN's numbers of such rows are not
   looked at, and its gradient gets a sum there against which all weights are 0.
 
@@ -106,7 +107,7 @@ def _refusal_of_mask(call):
         if way_to_hide(parts, has_bias, width, call.scale) is None:
             return (
                 "with these widths and this scale cuDNN's kernel hides no keys beside "
-                "a window, a bias or booleans"
+                "a window or booleans"
             )
     return None
 
@@ -121,14 +122,14 @@ def _refusal_of_bias(call):
     shape = tuple(call.bias.shape)
     if shape[2:] != call.scores_shape[2:]:
         return "a bias that broadcasts would be T x S numbers for cuDNN's kernel"
-    masks = parted(call.mask, *call.scores_shape[2:]).dense
-    if any(_larger(dense_shape(mask), shape) for mask in masks):
-        return "beside the mask's booleans the bias would have more numbers than given"
+    parts = parted(call.mask, *call.scores_shape[2:])
+    hidden = [dense_shape(mask) for mask in parts.dense]
+    if parts.keys:
+        hidden.append((call.scores_shape[0], 1))
+    pairs = (pair for each in hidden for pair in zip(each[:2], shape[:2], strict=True))
+    if any(wanted not in (1, given) for wanted, given in pairs):
+        return "with what the mask hides the bias would have more numbers than given"
     return None
-
-
-def _larger(shape, other):
-    return any(a > b for a, b in zip(shape[:2], other[:2], strict=True))
 
 
 def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,7 @@ class Hiding(Enum):
     BY_LENGTH = "those that are seen are put first, and counted"
     BY_FEATURE = "one more feature takes their scores far below all others"
     BY_LENGTH_IF_LAST = "those that are seen are counted, if they are the first"
+    BY_BIAS = "the bias masks them too"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +96,9 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
     if way is Hiding.BY_LENGTH_IF_LAST:
         # Of those that are counted, one that is not visible stands where none is.
         holds = ~jnp.any(visible[:, 1:] & ~visible[:, :-1])
+    dense = dense_booleans(parts.dense)
+    if way is Hiding.BY_BIAS:
+        dense = both(dense, visible[:, None, None])
     pad = 2 if has_bias else 1
     arrange = partial(
         _arrange,
@@ -106,7 +110,7 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
     )
     arrange_bias = partial(
         _arrange_bias,
-        dense=dense_booleans(parts.dense),
+        dense=dense,
         dtype=dtype_name(tensors["query"]),
         kept=kept,
         pad=pad,
@@ -120,11 +124,12 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
 def _arrange(query, key, value, *, exponent, visible, way, kept, pad):
     query = positions_first(query)
     key, value = (keys_first(x)[:, :kept] for x in (key, value))
+    if visible is not None:
+        # Whatever they hold, the scores of keys that are not are known then, and their
+        # gradients are zeros too.
+        key, value = (zero_unless(visible[:, :kept], x) for x in (key, value))
     if way is Hiding.BY_FEATURE:
         query, key = with_hiding_feature(query, key, visible[:, :kept], exponent)
-    if way in (Hiding.BY_LENGTH, Hiding.BY_LENGTH_IF_LAST):
-        # Zeros for those that are not, so that their gradients are zeros too.
-        key, value = (zero_unless(visible[:, :kept], x) for x in (key, value))
     if way is Hiding.BY_LENGTH:
         key, value = _visible_first(key, visible), _visible_first(value, visible)
     width = multiple(8, max(query.shape[3], value.shape[3]))
@@ -189,7 +194,9 @@ def way_to_hide(
     Returns:
         The way; `None` where there is none.
     """
-    beside = parts.window or has_bias or parts.dense
+    if has_bias:
+        return Hiding.BY_BIAS
+    beside = parts.window or parts.dense
     if not (parts.causal or beside):
         return Hiding.BY_LENGTH
     if width + 1 <= cudnn_machine.widest() and hiding_exponent(scale):

@@ -3,6 +3,7 @@
 A program may be lowered for a GPU on a machine that has none (`jax.export`). What will
 run it cannot be asked. Then the least is assumed that JAX itself, in the versions that
 these kernels are for, asks of a machine with a GPU: an Ampere, and cuDNN 9.2 or later.
+On a machine that has less such a program does not compile; lowered there, it has tiles.
 """
 
 import jax

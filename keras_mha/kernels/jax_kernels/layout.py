@@ -15,8 +15,8 @@ from keras_mha.kernels.problem import positions_first as positions_first
 # also of keys that a kernel takes to be seen.
 NO_SUM = 1e30
 
-# Scores of hidden keys are from half of this to this. With more, they would be off by
-# more than about one where products of half types are summed in float32.
+# Scores of hidden keys are from minus half of this to minus this. With more, rounding
+# in a kernel could leave differences of two such scores that are far from 0.
 HIDDEN = 2.0**24
 
 # The largest exponent of two in float16.

@@ -34,6 +34,7 @@ from keras_mha.kernels.jax_kernels.layout import (
     padded,
     positions_first,
     with_hiding_feature,
+    zero_unless,
 )
 from keras_mha.kernels.jax_kernels.mask_parts import (
     MaskParts,
@@ -180,6 +181,7 @@ def _arguments(problem, tensors, mask):
 def _arrange(query, key, value, *, visible, exponent):
     query, key, value = positions_first(query), keys_first(key), keys_first(value)
     if visible is not None:
+        key, value = zero_unless(visible, key), zero_unless(visible, value)
         query, key = with_hiding_feature(query, key, visible, exponent)
     width = max(query.shape[3], value.shape[3], 16)
     width = 1 << (width - 1).bit_length()  # the power of two that is no less
