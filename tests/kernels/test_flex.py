@@ -614,6 +614,14 @@ def test_what_flex_attention_is_not_given(options, why, short):
     assert why in found.reason
 
 
+@pytest.mark.parametrize("axes", [1, 2, 1])
+def test_masks_that_look_positions_up(axes, short):
+    numbers = to_tensor(np.arange(600).reshape((-1, 1)[:axes]) % 3)
+    mask = masks.Where(lambda i, j: numbers[i] == numbers[j])
+    found = plan(mask=mask, logit_soft_cap=30.0)
+    assert (found.fused_kernel == "flex_attention") == (axes == 1)
+
+
 def test_a_bias_of_a_users_answers_for_tiles_only(short):
     class Own(keras_mha.positions.Bias):
         def block(self, tile):

@@ -174,14 +174,17 @@ def _is_known_pointwise(constants):
     return _is_pointwise_of(from_constants(constants), ())
 
 
-_pointwise: dict[Any, bool] = {}  # by a mask's parts
+_pointwise: dict[Any, bool] = {}  # by a mask's parts, and the axes of its tensors
 
 
 def _is_pointwise_of(parts, tensors):
-    if parts not in _pointwise:
+    key = parts, tuple(x.ndim for x in tensors)
+    if key not in _pointwise:
+        if len(_pointwise) >= 256:  # a mask may be another at each call
+            _pointwise.clear()
         mask = join_tensors(parts, tensors)
-        _pointwise[parts] = _has_pointwise_graph(_of_positions(mask))
-    return _pointwise[parts]
+        _pointwise[key] = _has_pointwise_graph(_of_positions(mask))
+    return _pointwise[key]
 
 
 def _has_pointwise_graph(function: OfIndices) -> bool:
