@@ -44,7 +44,7 @@ CHINESE = {
     "causal, soft cap": "因果，软上限",
     "causal, sink": "因果，汇点",
     "causal, ALiBi": "因果，ALiBi",
-    "a bias of T x S": "T x S 的偏置",
+    "a bfloat16 bias of T x S": "T x S 的 bfloat16 偏置",
     "a mask of your own": "自定义掩码",
     "scores returned": "返回权重",
     WHOLE: "完整分数",
@@ -78,7 +78,7 @@ def calls() -> dict[str, tuple[dict, dict]]:
         "causal, soft cap": ({}, {"mask": causal, "logit_soft_cap": 30.0}),
         "causal, sink": ({}, {"mask": causal, "sink": 0.0}),
         "causal, ALiBi": ({}, {"mask": causal, "position_bias": alibi}),
-        "a bias of T x S": ({}, {"bias": bias}),
+        "a bfloat16 bias of T x S": ({}, {"bias": bias}),
         "a mask of your own": ({}, {"mask": EveryOther()}),
         "scores returned": ({}, {"return_scores": True}),
     }

@@ -55,11 +55,13 @@ def attend(call: AttentionCall) -> Attended:
     return Attended(_KERNEL.attend(call))
 
 
-def may_be_lowered_for_another(call: AttentionCall) -> bool:
-    """Whether a call's program may turn out to be for a device whose fused kernel is to
-    run short calls too, though that on which it is written has none."""
+def is_left_to_lowering(call: AttentionCall) -> bool:
+    """Whether a call of few scores, that no fused kernel of the device runs on which
+    its program is written, is better off with what the program is lowered for."""
+    if not backends.current().LOWERS_LATER or call.return_lse:
+        return False
     half = dtype_name(call.query) in ("float16", "bfloat16")
-    return half and backends.current().LOWERS_LATER and not call.return_lse
+    return half and _KERNEL.is_left_to_lowering(call)
 
 
 def attend_where_lowered(call: AttentionCall) -> Attended:

@@ -120,7 +120,7 @@ def _without_fused(
     if has_few is None:
         reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
         return Plan("blockwise", reason, _by_device(call))
-    if has_few and not fused.may_be_lowered_for_another(call):
+    if has_few and not fused.is_left_to_lowering(call):
         reason = f"{fused_refusal}; tiles pay from {few} scores a head"
         return Plan("reference", reason, reference.attend)
     return Plan("blockwise", fused_refusal, _by_device(call))

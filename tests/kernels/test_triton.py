@@ -18,7 +18,13 @@ from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.problem import positions_first, prepared
 from keras_mha.kernels.whole import whole
 from tests import oracle
-from tests.helpers import only_jax, outputs_and_gradients, rounded, to_tensor
+from tests.helpers import (
+    kernels_exported,
+    only_jax,
+    outputs_and_gradients,
+    rounded,
+    to_tensor,
+)
 
 pytestmark = only_jax
 
@@ -124,10 +130,11 @@ def exported(function, *arguments):
     import jax
 
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    export = jax.export.export(
-        jax.jit(function), platforms=["cuda"], disabled_checks=unchecked
-    )
-    return export(*arguments).mlir_module()
+    with kernels_exported():
+        export = jax.export.export(
+            jax.jit(function), platforms=["cuda"], disabled_checks=unchecked
+        )
+        return export(*arguments).mlir_module()
 
 
 def kernels_of(program):

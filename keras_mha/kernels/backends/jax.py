@@ -176,7 +176,7 @@ def device_count() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names and set(mesh.axis_names) == set(mesh.manual_axes):
         return 1  # within `jax.shard_map` each runs its own
-    return jax_program.device_count() or jax.device_count()
+    return jax_program.current().devices or jax.device_count()
 
 
 def splits_sequences() -> bool:

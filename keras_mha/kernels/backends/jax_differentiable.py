@@ -219,11 +219,13 @@ def _lower(compute, device, context, *tensors, call):
     # Neither is it known before for how many devices it is, nor may what was traced for
     # one way to share it be taken for another.
     count = getattr(context.module_context.axis_context, "num_devices", None)
-    program = count, keras.distribution.distribution()
-    call = replace(call.lowered_for(device), program=program)
+    program = jax_program.Program(count, context.is_forward_compat())
+    call = replace(
+        call.lowered_for(device), program=(program, keras.distribution.distribution())
+    )
 
     def run(*tensors):
-        with jax_program.of_devices(count):
+        with jax_program.lowering_into(program):
             return _run(compute, call, *tensors)
 
     return mlir.lower_fun(run, multiple_results=True)(context, *tensors)

@@ -3,21 +3,35 @@
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
-_devices: ContextVar[int | None] = ContextVar("devices", default=None)
+
+class Program(NamedTuple):
+    """A program that calls are lowered into.
+
+    Args:
+        devices: How many devices it is for; `None` while it is traced, when nobody
+            knows yet, and within `jax.shard_map`.
+        is_kept: Whether it is exported, to be run by later versions too.
+    """
+
+    devices: int | None = None
+    is_kept: bool = False
+
+
+_program: ContextVar[Program] = ContextVar("program", default=Program())  # noqa: B039
 
 
 @contextlib.contextmanager
-def of_devices(count: int | None) -> Iterator[None]:
-    """Sets for `device_count` how many devices the program is for."""
-    token = _devices.set(count)
+def lowering_into(program: Program) -> Iterator[None]:
+    """Sets what `current` returns."""
+    token = _program.set(program)
     try:
         yield
     finally:
-        _devices.reset(token)
+        _program.reset(token)
 
 
-def device_count() -> int | None:
-    """Returns how many devices the program is for; `None` while it is traced, when
-    nobody knows yet, and within `jax.shard_map`."""
-    return _devices.get()
+def current() -> Program:
+    """Returns what is known of the program."""
+    return _program.get()

@@ -92,7 +92,7 @@ def arguments_of(problem: Problem, tensors: dict[str, Any]) -> Arguments:
     if way in (Hiding.BY_LENGTH, Hiding.BY_LENGTH_IF_LAST):
         # Where no key is visible cuDNN is to see one. What comes of it is not looked
         # at.
-        lengths = jnp.maximum(jnp.sum(visible, axis=1, dtype="int32"), 1)
+        lengths = jnp.maximum(jnp.sum(visible[:, :kept], axis=1, dtype="int32"), 1)
     if way is Hiding.BY_LENGTH_IF_LAST:
         # Of those that are counted, one that is not visible stands where none is.
         holds = ~jnp.any(visible[:, 1:] & ~visible[:, :-1])
