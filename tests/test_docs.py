@@ -170,19 +170,24 @@ def small_site(tmp_path):
 @pytest.mark.parametrize("readme", READMES)
 def test_what_a_readme_links_to_is_there(readme):
     text = CODE.sub("", (ROOT / readme).read_text("utf-8"))
-    anchors = {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.M)}
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert any(link.startswith("#") for link in links)
     for link in links:
-        if link.startswith("#"):
-            assert link[1:] in anchors
-        elif not urlsplit(link).scheme:
-            assert (ROOT / link).is_file(), link
+        if urlsplit(link).scheme:
+            continue
+        page, _, place = link.partition("#")
+        assert (ROOT / page).is_file() or not page, link
+        if place:
+            assert place in anchors_of(page or readme), link
 
 
-def anchor(heading):
-    """What GitHub makes of a heading."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+def anchors_of(page):
+    """What GitHub makes of a page's headings."""
+    text = CODE.sub("", (ROOT / page).read_text("utf-8"))
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.M)
+    }
 
 
 def test_the_chinese_readme_has_the_same_code():
