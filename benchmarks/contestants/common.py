@@ -95,7 +95,7 @@ def _call_options(case: Case) -> dict[str, Any]:
 def _built(layer, case, options):
     layer.build((1, case.length, FEATURES), (1, case.length, FEATURES))
 
-    def call(x, training):
+    def call(x, *, training):
         return layer(x, x, training=training, **options)
 
     return layer, call

@@ -1,10 +1,17 @@
 """Contestants under PyTorch: both Keras layers, torch's layer and torch's function."""
 
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import FEATURES, HEADS, RATE, Case
-from benchmarks.contestants import common
+from benchmarks.contestants import Contestant, common
+
+COMPILERS = {"eager": "", "compiled": "inductor"}  # of the grid's programs
 
 
 def makers(case: Case) -> dict:
@@ -42,15 +49,40 @@ def _contestant(call, parameters):
 
 
 def _function(function, case):
-    x = torch.tensor(common.heads(case))
-    tensors = [x.clone().requires_grad_() for _ in range(3)]
+    return of_function(function, [common.heads(case)] * 3)
+
+
+def of_function(function: Callable, arrays: list[np.ndarray]) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value."""
+    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
     return _contestant(lambda training: function(*tensors), tensors)
 
 
 def _layer(layer, call, case):
-    x = torch.tensor(common.inputs(case), requires_grad=True)
-    parameters = [x, *layer.parameters()]
-    return _contestant(lambda training: call(x, training), parameters)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler)
+
+
+def of_layer(
+    layer: keras.Layer,
+    call: Callable[..., Any],
+    arrays: list[np.ndarray],
+    compiler: str = "",
+) -> Contestant:
+    """Makes a contestant of a layer.
+
+    Args:
+        layer: Built layer.
+        call: How it is called: `call(*tensors, training=...)`.
+        arrays: The inputs.
+        compiler: `"inductor"` for `torch.compile`, else none.
+    """
+    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+    if compiler == "inductor":
+        call = torch.compile(call, dynamic=False)
+    return _contestant(
+        lambda training: call(*tensors, training=training),
+        [*tensors, *layer.parameters()],
+    )
 
 
 def _torch_nn(case):
