@@ -41,7 +41,9 @@ def contestants(cell: Cell) -> dict[str, Contestant]:
     for name in (OURS, KERAS):
         layer = built_layer(cell, name)
         call = called(cell, layer)
-        found[name] = module.of_layer(layer, call, arrays(cell), module.COMPILERS[cell.program])
+        found[name] = module.of_layer(
+            layer, call, arrays(cell), module.COMPILERS[cell.program]
+        )
     return found
 
 
