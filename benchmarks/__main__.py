@@ -162,17 +162,15 @@ def _begun(backend: str, parts: Iterable[str]) -> dict:
     found: dict = {"machine": {}, "times": [], "memory": []}
     if results.path(backend).exists():
         found |= json.loads(results.path(backend).read_text())
-    for part in parts:
-        if unfinished.goes_on(f"{backend} {part}"):
-            continue
-        if part == "time":
-            found |= {"machine": {}, "times": []}
-        elif part == "memory":
-            found["memory"] = []
-        else:
-            found.pop("decoding", None)
-    # At once: what is noted as begun is then of this run.
+    anew = [x for x in parts if f"{backend} {x}" not in unfinished.parts()]
+    if "time" in anew:
+        found |= {"machine": {}, "times": []}
+    if "memory" in anew:
+        found["memory"] = []
+    if "decoding" in anew:
+        found.pop("decoding", None)
     _keep(backend, found)
+    unfinished.note(f"{backend} {part}" for part in anew)
     return found
 
 

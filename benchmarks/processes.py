@@ -53,7 +53,7 @@ def lines(
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if "memory" in arguments else None,
+        stderr=subprocess.PIPE if arguments[:1] == ("memory",) else None,
         text=True,
     )
     try:

@@ -40,10 +40,9 @@ def contestants(cell: Cell) -> dict[str, Contestant]:
     found = {}
     for name in (OURS, KERAS):
         layer = built_layer(cell, name)
+        compiler = module.COMPILERS[cell.program]
         call = called(cell, layer)
-        found[name] = module.of_layer(
-            layer, call, arrays(cell), module.COMPILERS[cell.program]
-        )
+        found[name] = module.of_layer(layer, call, arrays(cell), compiler)
     return found
 
 
@@ -62,8 +61,7 @@ def built_layer(cell: Cell, name: str) -> keras.Layer:
         layer = keras.layers.GroupQueryAttention(cell.width, cell.heads, groups)
     else:
         layer = keras.layers.MultiHeadAttention(cell.heads, cell.width, **options)
-    query, *_, value = (array.shape for array in arrays(cell) * 2)
-    layer.build(query, value)
+    layer.build(shapes(cell)[0], shapes(cell)[-1])
     return layer
 
 
@@ -81,9 +79,14 @@ def called(cell: Cell, layer: keras.Layer) -> Callable[..., Any]:
 
 
 def arrays(cell: Cell) -> list[np.ndarray]:
-    """Returns the inputs: one array `(B, T, features)` for self-attention, else two."""
+    """Returns the inputs: one array for self-attention, else two."""
+    return [random(*shape) for shape in shapes(cell)]
+
+
+def shapes(cell: Cell) -> list[tuple[int, int, int]]:
+    """Returns the inputs' shapes, `(B, T, features)` each."""
     lengths = [cell.length, cell.keys] if cell.kind == CROSS else [cell.length]
-    return [random(cell.batch, length, cell.features) for length in lengths]
+    return [(cell.batch, length, cell.features) for length in lengths]
 
 
 def valid(cell: Cell) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tells what the grid found: in both READMEs and in docs/speed.md, between marks."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from benchmarks import chinese, readme
 from benchmarks.grid import kept, picture, thresholds
 from benchmarks.grid.cells import (
     LEFT_OUT,
-    LONGEST_OF_XLA,
     PASSES,
     PROGRAMS,
     SHAPES,
@@ -23,11 +23,11 @@ MARKS = (
     "<!-- grid: end -->",
 )
 LOWEST = 5  # of each backend are listed
-PROGRAM_NAMES = {
+LONGEST_COMPILED = 1024  # whose compilation is told
+COMPILERS = {
     ("tensorflow", "compiled"): "TensorFlow, `tf.function`",
     ("tensorflow", "xla"): "TensorFlow, XLA",
     ("jax", "compiled"): "JAX, `jax.jit`",
-    ("torch", "compiled"): "PyTorch, `torch.compile`",
 }
 
 
@@ -50,11 +50,11 @@ def write(root: Path) -> None:
 def section(found: dict[str, kept.Kept]) -> str:
     """Returns what the READMEs say."""
     lines = [
-        f"The grid: {len(SHAPES)} shapes, batch x length, of a plain call, a causal one, "
-        "padding, dropout=0.1, 4 query heads to a key head (beside Keras's "
+        f"The grid: {len(SHAPES)} shapes, batch x length, of a plain call, a causal "
+        "one, padding, dropout=0.1, 4 query heads to a key head (beside Keras's "
         "`GroupQueryAttention`), and cross-attention of 128 to 512 tokens; how many "
-        "times faster than Keras's layer, the lowest of 4 heads of 32, 8 of 64 and 12 of "
-        f"64. What is under {LEAST} is framed.",
+        "times faster than Keras's layer, the lowest of 4 heads of 32, 8 of 64 and 12 "
+        f"of 64. What is under {LEAST} is framed.",
         "![The grid: how many times faster than Keras's layer]"
         "(docs/benchmarks/grid.png)",
         summary(found),
@@ -72,15 +72,15 @@ def page(found: dict[str, kept.Kept], compared: dict[str, kept.Kept]) -> str:
             "## What the grid leaves out, and what compiling takes",
             LEFT_OUT,
             "Compiling: seconds of the first call beyond those of a later one, up to "
-            f"{LONGEST_OF_XLA} tokens.",
+            f"{LONGEST_COMPILED} tokens.",
             compiling(found),
         ]
     if compared:
         lines += [
             "## From where on tiles are the faster",
-            "Our `blockwise` beside our `reference`, at the attention function alone (8 "
-            "heads of 64, as many queries as keys), for the calls that have no fused "
-            "kernel on a CPU.",
+            "Our `blockwise` beside our `reference`, at the attention function alone "
+            "(8 heads of 64, as many queries as keys), for the calls that have no "
+            "fused kernel on a CPU.",
             thresholds.section(compared),
         ]
     return "\n\n".join(lines)
@@ -143,12 +143,11 @@ def compiling(found: dict[str, kept.Kept]) -> str:
     """Returns the table of what compiling takes."""
     rows = []
     for backend, each in found.items():
-        for program in PROGRAMS[1:]:
-            for run in PASSES:
-                of = list(compile_seconds(each, program, run, LONGEST_OF_XLA))
-                if of:
-                    name = f"{PROGRAM_NAMES[backend, program]}, {run}"
-                    rows.append([name, *_compiling(of)])
+        for program, run in product(PROGRAMS, PASSES):
+            name = COMPILERS.get((backend, program))
+            of = list(compile_seconds(each, program, run, LONGEST_COMPILED))
+            if name and of:
+                rows.append([f"{name}, {run}", *_compiling(of)])
     head = ["compiling", "ours, s", "Keras's, s", "ours / Keras's", "most", "of"]
     return table(head, rows) if rows else NONE
 
@@ -178,7 +177,7 @@ def _machine(found: dict[str, kept.Kept]) -> str:
         f"{TITLES[backend]} {each.machine[backend]}" for backend, each in found.items()
     )
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB; "
-        f"Keras {machine['keras']}, {versions}. float32; medians (and quartiles) of the "
-        "ratios of interleaved rounds."
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB; Keras {machine['keras']}, {versions}. float32; "
+        "medians (and quartiles) of the ratios of interleaved rounds."
     )

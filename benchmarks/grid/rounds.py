@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from keras_mha.bench.timing import summary
 
-SECONDS, PATIENCE = 0.8, 3.0
-LEAST, MOST = 8, 1000
-LEAST_OF_SLOW = 3
+# What suffices: so many rounds once so many seconds have passed. Slow calls take few.
+ENOUGH = ((0.8, 8), (3.0, 3), (15.0, 1))
+MOST = 1000
 
 
 def compare(
@@ -19,9 +19,7 @@ def compare(
     """Times two functions in interleaved rounds, and how many times as long the second
     takes.
 
-    Rounds go on for `SECONDS`, then until there are `LEAST` of them, or
-    `LEAST_OF_SLOW` once `PATIENCE` seconds have passed. The order changes from round to
-    round.
+    Rounds go on until there are `ENOUGH`, their order changes from one to the next.
 
     Args:
         functions: Two, by name; each must return only when its work is done.
@@ -55,8 +53,9 @@ def compare(
 
 
 def _suffices(seconds: float, rounds: int) -> bool:
-    least = LEAST_OF_SLOW if seconds >= PATIENCE else LEAST
-    return rounds >= MOST or (rounds >= least and seconds >= SECONDS)
+    return rounds >= MOST or any(
+        seconds >= passed and rounds >= least for passed, least in ENOUGH
+    )
 
 
 def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:

@@ -31,8 +31,9 @@ def measure(
             process of its own unless given.
     """
     found = kept.kept(part, backend)
-    if not names and not unfinished.goes_on(f"{backend} {part}"):
+    if not names and f"{backend} {part}" not in unfinished.parts():
         found.begin_anew()
+        unfinished.note([f"{backend} {part}"])
     wanted = WANTED[part](backend)
     if names:
         missing = [x for x in wanted if any(name in x.name for name in names)]

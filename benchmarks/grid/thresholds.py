@@ -2,9 +2,8 @@
 
 python -m benchmarks.grid.thresholds    # prints it, from what is kept
 
-What the planner's `FEW_SCORES` are to be, for the calls that have no fused kernel. It is
-measured at the attention function alone, whose two implementations differ in nothing
-else.
+What the planner's `FEW_SCORES` are to be, for the calls that have no fused kernel. It
+is measured at the attention function alone.
 """
 
 import importlib

@@ -21,7 +21,8 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     """Times both layers of a cell, forward and in training."""
     pairs = layers.contestants(cell)
     # `torch.compile` may compile again in the second call, and in no later one.
-    warm_ups = 2 if cell.program == "compiled" else 1
+    is_torch = keras.backend.backend() == "torch"
+    warm_ups = 2 if is_torch and cell.program == "compiled" else 1
     times = {
         name: compare({who: pair[i] for who, pair in pairs.items()}, warm_ups)
         for i, name in enumerate(PASSES)
@@ -46,7 +47,7 @@ def main(part: str) -> None:
     kind = {"grid": Cell, "thresholds": thresholds.Point}[part]
     wanted = [kind(**config) for config in json.load(sys.stdin)]
     _print({"machine": machine.description(keras.backend.backend())})
-    if part == "grid":
+    if part == "grid" and keras.backend.backend() != "torch":  # which compiles nothing
         warm_up(wanted)
     measure = measure_cell if part == "grid" else thresholds.measure_point
     for each in wanted:
