@@ -1,5 +1,6 @@
 """What the grid found, as numbers to be told."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ def ratios(found: Kept) -> Iterator[Ratio]:
             ratio = (times["ratio"][key] for key in ("median", "low", "high"))
             seconds = times[OURS]["median"], times[KERAS]["median"]
             yield Ratio(Cell(**record["cell"]), run, *ratio, *seconds)
+
+
+def cut(ratio: float) -> str:
+    """Writes a ratio with two digits behind the point, never as more than it is."""
+    return f"{math.floor(100 * ratio + 1e-9) / 100:.2f}"
 
 
 def compile_seconds(

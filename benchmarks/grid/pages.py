@@ -15,7 +15,7 @@ from benchmarks.grid.cells import (
     SHAPES,
     Cell,
 )
-from benchmarks.grid.found import LEAST, Ratio, compile_seconds, ratios
+from benchmarks.grid.found import LEAST, Ratio, compile_seconds, cut, ratios
 from benchmarks.tables import NONE, TITLES, table
 
 MARKS = (
@@ -102,8 +102,8 @@ def summary(found: dict[str, kept.Kept]) -> str:
             str(len(of)),
             str(sum(each.median < LEAST for each in of)),
             str(sum(max(each.median, each.high) < LEAST for each in of)),
-            _times(values[0]),
-            _times(values[len(values) // 2]),
+            f"{cut(values[0])}x",
+            f"{cut(values[len(values) // 2])}x",
         )
         for row, cell in zip(rows.values(), column, strict=True):
             row.append(cell)
@@ -125,7 +125,7 @@ def _row(ratio: Ratio) -> list[str]:
     return [
         call_name(ratio.cell),
         ratio.run,
-        f"{_times(ratio.median)} ({ratio.low:.2f}–{ratio.high:.2f})",
+        f"{cut(ratio.median)}x ({cut(ratio.low)}–{cut(ratio.high)})",
         f"{1e3 * ratio.ours:.3g}",
         f"{1e3 * ratio.theirs:.3g}",
     ]
@@ -164,11 +164,6 @@ def _compiling(of: list[tuple[Cell, float, float]]) -> list[str]:
         f"{most[1] / most[2]:.2f}",
         call_name(most[0]),
     ]
-
-
-def _times(ratio: float) -> str:
-    """Two digits behind the point, since what counts is near 1."""
-    return f"{ratio:.2f}x"
 
 
 def _machine(found: dict[str, kept.Kept]) -> str:

@@ -9,7 +9,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.patches import Rectangle
 
 from benchmarks.grid.cells import CROSS, CROSS_SHAPE, KEYS, KINDS, PASSES, SHAPES
-from benchmarks.grid.found import LEAST, ratios
+from benchmarks.grid.found import LEAST, cut, ratios
 from benchmarks.grid.kept import Kept
 from benchmarks.tables import TITLES
 
@@ -81,7 +81,7 @@ def _panel(axis, grid, with_rows):
         axis.text(
             column,
             row,
-            f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}",
+            cut(ratio) if ratio < 10 else f"{ratio:.0f}",
             ha="center",
             va="center",
             fontsize=8,
@@ -105,6 +105,6 @@ def _panel(axis, grid, with_rows):
 def _colours(figure, axis, image):
     axis.axis("off")
     bar = figure.colorbar(image, ax=axis, location="left", fraction=0.08, pad=0)
-    ticks = (0.5, LEAST, 1, 2, 4, 8)
+    ticks = (0.5, 1, 2, 4, 8)
     bar.set_ticks(np.log2(ticks), labels=[str(tick) for tick in ticks])
     bar.set_label("times faster than Keras's layer, the lowest of three widths")

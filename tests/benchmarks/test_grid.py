@@ -11,6 +11,7 @@ import pytest
 
 import keras_mha
 from benchmarks import chinese, results, unfinished
+from benchmarks.grid import found as found_by_the_grid
 from benchmarks.grid import (
     kept,
     layers,
@@ -22,7 +23,6 @@ from benchmarks.grid import (
     worker,
 )
 from benchmarks.grid.cells import CROSS, KINDS, SHAPES, WIDTHS, Cell, cells
-from benchmarks.grid.found import compile_seconds
 from keras_mha import info
 from tests.helpers import to_numpy
 
@@ -310,6 +310,14 @@ def test_the_tables_tell_the_lowest(found):
 
 
 @once
+@pytest.mark.parametrize(
+    "ratio, text", [(0.9699, "0.96"), (0.97, "0.97"), (1.0, "1.00"), (2.349, "2.34")]
+)
+def test_a_ratio_is_not_written_as_more_than_it_is(ratio, text):
+    assert found_by_the_grid.cut(ratio) == text
+
+
+@once
 def test_the_tables_are_told_in_chinese(found):
     text = chinese.translated(pages.section(found))
     text = re.sub(r"`.*?`|\(docs.*?\)|TensorFlow|JAX|PyTorch|Keras|Abacus", "", text)
@@ -324,7 +332,9 @@ def test_compiling_is_told_where_something_is_compiled(found):
         "plain 1 x 16, 4 x 32, compiled |"
     ) in text.splitlines()
     assert "XLA, training |" in text and "PyTorch" not in text
-    of = compile_seconds(found["jax"], "compiled", "forward", longest=1024)
+    of = found_by_the_grid.compile_seconds(
+        found["jax"], "compiled", "forward", longest=1024
+    )
     assert max(cell.length for cell, *_ in of) == 1024
 
 
