@@ -74,6 +74,12 @@ def test_what_was_measured_before_the_stop_is_not_measured_again(measured, stop)
     assert kept["machine"] == MACHINE and "decoding" in kept
 
 
+def test_a_backend_that_is_done_is_not_measured_again_by_the_same_run(measured):
+    for _ in range(2):
+        command.measure("jax", [], PARTS)
+    assert measured.asked == everything()
+
+
 def test_a_run_that_was_finished_begins_anew(measured):
     command.measure("jax", [], PARTS)
     unfinished.forget(f"jax {part}" for part in PARTS)
@@ -95,6 +101,7 @@ def test_one_part_begins_anew_and_keeps_the_others(measured):
 
 def test_a_case_that_is_named_is_measured_again(measured):
     command.measure("jax", [], ("time",))
+    unfinished.forget(["jax time"])
     before = len(measured.asked)
     command.measure("jax", ["causal 16"], ("time",))
     assert measured.asked[before:] == ["causal 16"]
