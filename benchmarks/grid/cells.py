@@ -29,9 +29,9 @@ SHAPES_OF_TORCH_COMPILE = ((1, 128), (8, 512), (1, 1024))  # a minute a program
 LEFT_OUT = (
     "From 8 x 512 on, eager TensorFlow and JAX are measured with 8 heads of 64 only. "
     "TensorFlow with XLA is measured with 8 heads of 64, and not at 16 x 512, "
-    "4 x 1024, 1 x 2048 and 1 x 4096 (where Keras's layer with dropout takes minutes to "
-    "train); `torch.compile`, which takes a minute for a program, for the causal call with 8 "
-    "heads of 64 at 1 x 128, 8 x 512 and 1 x 1024."
+    "4 x 1024, 1 x 2048 and 1 x 4096 (where a training step of Keras's layer with "
+    "dropout takes long); `torch.compile`, which takes a minute for a program, for the "
+    "causal call with 8 heads of 64 at 1 x 128, 8 x 512 and 1 x 1024."
 )
 
 

@@ -16,7 +16,7 @@ from benchmarks.grid.cells import (
     Cell,
 )
 from benchmarks.grid.found import LEAST, Ratio, compile_seconds, cut, ratios
-from benchmarks.tables import NONE, TITLES, table
+from benchmarks.tables import TITLES, table
 
 MARKS = (
     "<!-- grid: begin (written by `python -m benchmarks`) -->",
@@ -71,8 +71,6 @@ def page(found: dict[str, kept.Kept], compared: dict[str, kept.Kept]) -> str:
         lines += [
             "## What the grid leaves out, and what compiling takes",
             LEFT_OUT,
-            "Compiling: seconds of the first call beyond those of a later one, up to "
-            f"{LONGEST_COMPILED} tokens.",
             compiling(found),
         ]
     if compared:
@@ -83,7 +81,7 @@ def page(found: dict[str, kept.Kept], compared: dict[str, kept.Kept]) -> str:
             "fused kernel on a CPU.",
             thresholds.section(compared),
         ]
-    return "\n\n".join(lines)
+    return "\n\n".join(filter(None, lines))
 
 
 def summary(found: dict[str, kept.Kept]) -> str:
@@ -140,7 +138,7 @@ def call_name(cell: Cell) -> str:
 
 
 def compiling(found: dict[str, kept.Kept]) -> str:
-    """Returns the table of what compiling takes."""
+    """Returns what compiling takes, `""` where nothing was compiled."""
     rows = []
     for backend, each in found.items():
         for program, run in product(PROGRAMS, PASSES):
@@ -149,7 +147,12 @@ def compiling(found: dict[str, kept.Kept]) -> str:
             if name and of:
                 rows.append([f"{name}, {run}", *_compiling(of)])
     head = ["compiling", "ours, s", "Keras's, s", "ours / Keras's", "most", "of"]
-    return table(head, rows) if rows else NONE
+    if not rows:
+        return ""
+    return (
+        "Compiling: seconds of the first call beyond those of a later one, up to "
+        f"{LONGEST_COMPILED} tokens.\n\n{table(head, rows)}"
+    )
 
 
 def _compiling(of: list[tuple[Cell, float, float]]) -> list[str]:

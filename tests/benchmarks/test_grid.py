@@ -356,6 +356,7 @@ def test_compiling_is_told_where_something_is_compiled(found):
         "plain 1 x 16, 4 x 32, compiled |"
     ) in text.splitlines()
     assert "XLA, training |" in text and "PyTorch" not in text
+    assert "Compiling:" not in pages.page({"torch": found["torch"]}, {})
     of = found_by_the_grid.compile_seconds(
         found["jax"], "compiled", "forward", longest=1024
     )
