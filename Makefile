@@ -18,7 +18,8 @@ $(error unknown BACKEND "$(BACKEND)": choose from $(BACKENDS), or leave it out f
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo benchmark docs test quick test-oldest lint format clean
+.PHONY: help demo benchmark docs test quick test-oldest test-accelerator lint format
+.PHONY: clean
 
 help:
 	@echo "make demo                  train the example and compare the three backends"
@@ -28,6 +29,7 @@ help:
 	@echo "make quick                 the core of the suite under PyTorch, or BACKEND=jax"
 	@echo "make test-oldest           the suite under the oldest Keras supported ($(KERAS))"
 	@echo "make test-oldest KERAS=V   the suite under another version of Keras"
+	@echo "make test-accelerator      what a GPU or TPU shows, with what \$$(PYTHON) has"
 	@echo "make benchmark             measure beside the peers, write the README's figures;"
 	@echo "                           goes on where it was stopped (ARGS=--again: anew)"
 	@echo "make docs                  build the documentation site into site/"
@@ -54,6 +56,11 @@ quick: $(VENV)/dev.stamp
 
 test-oldest: $(OLDEST)/keras-$(KERAS).stamp
 	$(OLDEST)/bin/python scripts/run_tests.py $(BACKEND) --pytest='$(ARGS)'
+
+# With what is installed there already: which build of a backend knows a device is not
+# for pip to choose.
+test-accelerator:
+	$(PYTHON) scripts/test_accelerator.py $(BACKEND) --pytest='$(ARGS)'
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

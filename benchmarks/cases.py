@@ -1,6 +1,6 @@
 """What is measured, and by which names."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 HEADS, WIDTH, FEATURES = 8, 64, 512
@@ -8,6 +8,7 @@ LENGTHS = (16, 64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
 # Whole scores of 8 heads beyond this length take minutes, or do not fit into memory.
 LONGEST_WITH_WHOLE_SCORES = 8192
 WINDOW, RATE, GROUPS = 512, 0.1, 2
+TOKENS = 16384  # of a batch on a GPU or TPU
 # Decoding: the 512th and the 4096th token, and how many a `jax.lax.scan` decodes.
 EARLY, LATE, SCANNED = 512, 4096, 32
 
@@ -21,11 +22,15 @@ class Case:
         length: Integer, the sequence length.
         compiler: String, `"xla"` for TensorFlow's, `"eager"` for none, else `""` for
             what is usual: `jax.jit`, `tf.function`, PyTorch as it is.
+        batch: Integer, the number of sequences.
+        dtype: String, of inputs and activations.
     """
 
     kind: str
     length: int
     compiler: str = ""
+    batch: int = 1
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -49,8 +54,16 @@ KINDS = {
 }
 
 
-def cases(backend: str) -> list[Case]:
-    """Returns all that is timed in rounds under a backend."""
+def cases(backend: str, device: str = "cpu") -> list[Case]:
+    """Returns all that is timed in rounds under a backend.
+
+    Args:
+        backend: String, the backend.
+        device: String, the kind of device. Others than a CPU get what people train
+            there: half types, and as many tokens as keep it busy.
+    """
+    if device != "cpu":
+        return _of_accelerators()
     found = [Case("causal", length) for length in LENGTHS if length <= 4096]
     found.append(Case("causal", 16, "eager"))
     found += [Case(kind, 2048) for kind in ("padded", "window", "grouped", "biased")]
@@ -58,6 +71,16 @@ def cases(backend: str) -> list[Case]:
     if backend == "tensorflow":
         found.append(Case("causal", 4096, "xla"))
     return found
+
+
+def _of_accelerators() -> list[Case]:
+    found = [Case("causal", length) for length in (256, 1024, 2048, 4096, 8192)]
+    kinds = ("padded", "window", "dropout", "grouped", "biased", "function")
+    found += [Case(kind, 2048) for kind in kinds]
+    return [
+        replace(case, batch=max(TOKENS // case.length, 1), dtype="bfloat16")
+        for case in found
+    ]
 
 
 def memory_cases() -> list[Case]:

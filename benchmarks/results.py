@@ -32,6 +32,10 @@ class Results:
             Step(**each["step"]): each["times"] for each in self.decoding["steps"]
         }
 
+    def cases(self) -> list[Case]:
+        """Returns all cases that were timed."""
+        return list(self._times)
+
     def times(self, case: Case, kind: str) -> dict[str, dict[str, float]]:
         """Returns the contestants' times of `"forward"` or `"training"`, if any."""
         return self._times.get(case, {}).get(kind, {})
@@ -89,13 +93,15 @@ class Results:
         )
 
 
-def path(backend: str) -> Path:
-    """Returns where a backend's results are kept."""
-    return FOLDER / f"{backend}.json"
+def path(backend: str, device: str = "cpu") -> Path:
+    """Returns where a backend's results on a kind of device are kept."""
+    return FOLDER / (
+        f"{backend}.json" if device == "cpu" else f"{backend}-{device}.json"
+    )
 
 
 def load() -> list[Results]:
-    """Returns what is kept, a backend after the other."""
+    """Returns what is kept of CPUs, a backend after the other."""
     return [
         Results(backend, json.loads(path(backend).read_text()))
         for backend in info.BACKENDS

@@ -1,5 +1,6 @@
 """Measures under one backend, in a process of its own; prints a JSON line a result.
 
+python -m benchmarks.worker device
 python -m benchmarks.worker time
 python -m benchmarks.worker memory '<case as JSON>' keras_mha
 python -m benchmarks.worker decoding
@@ -29,8 +30,9 @@ ONCE = ("training", 8192)  # minutes with whole scores: timed in one round
 def time_all(names: list[str]) -> None:
     """Times cases of the backend, one after the other: those named, or all."""
     backend = keras.backend.backend()
-    print(json.dumps({"machine": machine.description(backend)}), flush=True)
-    for case in cases(backend):
+    described = machine.description(backend) | {"devices": info.devices()}
+    print(json.dumps({"machine": described}), flush=True)
+    for case in cases(backend, info.device_kind()):
         if names and case.name not in names:
             continue
         print(json.dumps({"started": case.name}), flush=True)
@@ -116,6 +118,8 @@ def _status(name: str) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "time":
         time_all(sys.argv[2:])
+    elif sys.argv[1] == "device":
+        print(json.dumps({"device": info.device_kind()}), flush=True)
     elif sys.argv[1] == "decoding":
         found = time_decoding(steps(keras.backend.backend()), LATE)
         print(json.dumps({"decoding": found}), flush=True)

@@ -17,6 +17,7 @@ import numpy
 
 import keras_mha
 from keras_mha import masks
+from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.ops import planner
 
@@ -154,6 +155,11 @@ def _plan(length: int, dtype: str = "float32", **options) -> planner.Plan:
     return planner.plan(AttentionCall(tensor, tensor, tensor, **options))
 
 
+def device_kind() -> str:
+    """Returns the kind of device that the planner takes calls to run on."""
+    return backends.current().device_kind(keras.KerasTensor(()))
+
+
 def devices() -> list[str]:
     """Returns the names of the devices that the current backend computes on."""
     try:
@@ -197,7 +203,7 @@ def _backend_lines(backend: str) -> list[str]:
     lines = [
         _line(backend, version),
         _line("  devices", ", ".join(found["devices"])),
-        f"  attention of {HEADS} heads of {WIDTH}",
+        f"  attention of {HEADS} heads of {WIDTH}, on a {found['kind'].upper()}",
     ]
     for call, (implementation, reason) in found["attention"].items():
         lines.append(f"    {call:<24}{implementation:<11}{reason}")
@@ -205,4 +211,12 @@ def _backend_lines(backend: str) -> list[str]:
 
 
 if __name__ == "__main__":  # What `report` starts under each backend.
-    print(json.dumps({"devices": devices(), "attention": attention_choices()}))
+    print(
+        json.dumps(
+            {
+                "devices": devices(),
+                "kind": device_kind(),
+                "attention": attention_choices(),
+            }
+        )
+    )

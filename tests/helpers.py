@@ -6,8 +6,9 @@ that needs it, so that this module loads under every backend.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -291,6 +292,18 @@ def backend_jit(function: Callable[..., Any], *, xla: bool = False) -> Callable:
     import torch
 
     return torch.compile(function, backend="aot_eager")
+
+
+@contextlib.contextmanager
+def kernels_exported() -> Iterator[None]:
+    """Has JAX export kernels of which it promises nothing to later versions."""
+    import jax
+
+    jax.config.update("jax_export_ignore_forward_compatibility", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_export_ignore_forward_compatibility", False)
 
 
 def skip_unless_one_graph() -> None:

@@ -105,6 +105,8 @@ def test_report_of_the_versions_and_the_current_backend(monkeypatch):
     assert f"python      {sys.version.split()[0]}" in report
     assert f"{CURRENT:<12}{version}\n" in report
     assert f"devices   {', '.join(info.devices())}" in report
+    assert f"attention of 8 heads of 64, on a {info.device_kind().upper()}" in report
+    assert info.device_kind() in ("cpu", "gpu", "tpu", "other")
     for call, (implementation, reason) in info.attention_choices().items():
         assert f"{call:<24}{implementation:<11}{reason}" in report
 

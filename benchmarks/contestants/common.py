@@ -25,18 +25,19 @@ def random(*shape: int) -> np.ndarray:
 
 
 def inputs(case: Case) -> np.ndarray:
-    """Returns `(1, T, features)`."""
-    return random(1, case.length, FEATURES)
+    """Returns `(B, T, features)`."""
+    return random(case.batch, case.length, FEATURES)
 
 
 def heads(case: Case) -> np.ndarray:
-    """Returns `(1, T, heads, width)`."""
-    return random(1, case.length, HEADS, WIDTH)
+    """Returns `(B, T, heads, width)`."""
+    return random(case.batch, case.length, HEADS, WIDTH)
 
 
 def valid(case: Case) -> np.ndarray:
-    """Returns booleans `(1, T)`: the last quarter is padding."""
-    return np.arange(case.length)[None] < case.length * 3 // 4
+    """Returns booleans `(B, T)`: the last quarter is padding."""
+    valid = np.arange(case.length)[None] < case.length * 3 // 4
+    return np.repeat(valid, case.batch, axis=0)
 
 
 def allowed(case: Case) -> np.ndarray:
@@ -46,7 +47,7 @@ def allowed(case: Case) -> np.ndarray:
     if case.kind == "window":
         allowed &= rows - columns < WINDOW
     if case.kind == "padded":
-        allowed &= valid(case)
+        allowed &= valid(case)[:1]
     return allowed
 
 
@@ -72,7 +73,9 @@ def our_layer(case: Case) -> tuple[keras.Layer, Callable[..., Any]]:
 def keras_layer(case: Case) -> tuple[keras.Layer, Callable[..., Any]]:
     """Returns Keras's layer and how the case calls it."""
     if case.kind == "grouped":
-        layer = keras.layers.GroupQueryAttention(WIDTH, HEADS, GROUPS)
+        layer = keras.layers.GroupQueryAttention(
+            WIDTH, HEADS, GROUPS, dtype=policy(case)
+        )
     else:
         layer = keras.layers.MultiHeadAttention(HEADS, WIDTH, **_layer_options(case))
     return _built(layer, case, _call_options(case))
@@ -82,7 +85,13 @@ def _layer_options(case: Case) -> dict[str, Any]:
     return {
         "dropout": RATE if case.kind == "dropout" else 0.0,
         "sliding_window": WINDOW if case.kind == "window" else None,
+        "dtype": policy(case),
     }
+
+
+def policy(case: Case) -> str:
+    """Returns Keras's dtype policy: half types with float32 weights, or float32."""
+    return case.dtype if case.dtype == "float32" else f"mixed_{case.dtype}"
 
 
 def _call_options(case: Case) -> dict[str, Any]:
@@ -93,7 +102,8 @@ def _call_options(case: Case) -> dict[str, Any]:
 
 
 def _built(layer, case, options):
-    layer.build((1, case.length, FEATURES), (1, case.length, FEATURES))
+    shape = (case.batch, case.length, FEATURES)
+    layer.build(shape, shape)
 
     def call(x, *, training):
         return layer(x, x, training=training, **options)

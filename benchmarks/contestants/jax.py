@@ -37,12 +37,15 @@ def _ready(function, *arguments):
 
 
 def _function(function, case):
-    return of_function(function, [common.heads(case)] * 3)
+    return of_function(function, [common.heads(case)] * 3, dtype=case.dtype)
 
 
-def of_function(function: Callable, arrays: list[np.ndarray]) -> Contestant:
-    """Makes a contestant of an attention function of query, key and value."""
-    tensors = [jnp.asarray(array) for array in arrays]
+def of_function(
+    function: Callable, arrays: list[np.ndarray], dtype: str = "float32"
+) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    tensors = [jnp.asarray(array, dtype) for array in arrays]
 
     def loss(*tensors):
         return function(*tensors).sum()
@@ -52,7 +55,7 @@ def of_function(function: Callable, arrays: list[np.ndarray]) -> Contestant:
 
 
 def _layer(layer, call, case):
-    return of_layer(layer, call, [common.inputs(case)], case.compiler)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
 
 
 def of_layer(
@@ -60,6 +63,7 @@ def of_layer(
     call: Callable[..., Any],
     arrays: list[np.ndarray],
     compiler: str = "",
+    dtype: str = "float32",
 ) -> Contestant:
     """Makes a contestant of a layer.
 
@@ -68,8 +72,9 @@ def of_layer(
         call: How it is called: `call(*tensors, training=...)`.
         arrays: The inputs.
         compiler: As a `Case` has it.
+        dtype: String, what the inputs are cast to.
     """
-    tensors = [jnp.asarray(array) for array in arrays]
+    tensors = [jnp.asarray(array, dtype) for array in arrays]
     weights = [variable.value for variable in layer.trainable_variables]
 
     def output(weights, tensors, training):
@@ -103,9 +108,10 @@ def _flax(case):
         dropout_rate=RATE if case.kind == "dropout" else 0.0,
         broadcast_dropout=False,
         decode=False,
+        dtype=case.dtype,
         rngs=nnx.Rngs(0),
     )
-    x = jnp.asarray(common.inputs(case))
+    x = jnp.asarray(common.inputs(case), case.dtype)
     mask = jnp.asarray(common.allowed(case))[None, None]
 
     def forward(layer, x, mask):

@@ -41,18 +41,23 @@ def _contestant(forward, training, compiler):
 
 def _done(tensors):
     for tensor in tf.nest.flatten(tensors):
-        tensor.numpy()
+        # Of a GPU a number is enough to wait for, and all would take long to come.
+        (tensor if "CPU" in tensor.device else tf.reshape(tensor, [-1])[:1]).numpy()
 
 
 def _function(function, case):
-    return of_function(function, [common.heads(case)] * 3, case.compiler)
+    return of_function(function, [common.heads(case)] * 3, case.compiler, case.dtype)
 
 
 def of_function(
-    function: Callable, arrays: list[np.ndarray], compiler: str = ""
+    function: Callable,
+    arrays: list[np.ndarray],
+    compiler: str = "",
+    dtype: str = "float32",
 ) -> Contestant:
-    """Makes a contestant of an attention function of query, key and value."""
-    constants = [tf.constant(array) for array in arrays]
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    constants = [tf.cast(array, dtype) for array in arrays]
 
     def training():
         tensors = [tf.identity(x) for x in constants]
@@ -65,7 +70,7 @@ def of_function(
 
 
 def _layer(layer, call, case):
-    return of_layer(layer, call, [common.inputs(case)], case.compiler)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
 
 
 def of_layer(
@@ -73,6 +78,7 @@ def of_layer(
     call: Callable[..., Any],
     arrays: list[np.ndarray],
     compiler: str = "",
+    dtype: str = "float32",
 ) -> Contestant:
     """Makes a contestant of a layer.
 
@@ -81,9 +87,10 @@ def of_layer(
         call: How it is called: `call(*tensors, training=...)`.
         arrays: The inputs.
         compiler: As a `Case` has it.
+        dtype: String, what the inputs are cast to.
     """
     # Variables: of a constant the compiler might work the result out beforehand.
-    inputs = [tf.Variable(array) for array in arrays]
+    inputs = [tf.Variable(tf.cast(array, dtype)) for array in arrays]
     weights = [variable.value for variable in layer.trainable_variables]
 
     def output(training):

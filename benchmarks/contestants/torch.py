@@ -38,28 +38,44 @@ def _contestant(call, parameters):
 
     def forward():
         with torch.no_grad():
-            call(False)
+            _done(call(False))
 
     def training():
         for parameter in parameters:
             parameter.grad = None
         call(True).sum().backward()
+        _done(parameters[0].grad)
 
     return forward, training
 
 
+def _done(tensor):
+    """Waits for what a GPU still computes."""
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+def _tensor(array, dtype=None):
+    """Puts numbers where Keras has its own, of the case's type if it is said."""
+    dtype = dtype and getattr(torch, dtype)
+    return torch.tensor(array, dtype=dtype, device=keras.ops.zeros(()).device)
+
+
 def _function(function, case):
-    return of_function(function, [common.heads(case)] * 3)
+    return of_function(function, [common.heads(case)] * 3, dtype=case.dtype)
 
 
-def of_function(function: Callable, arrays: list[np.ndarray]) -> Contestant:
-    """Makes a contestant of an attention function of query, key and value."""
-    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+def of_function(
+    function: Callable, arrays: list[np.ndarray], dtype: str = "float32"
+) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    tensors = [_tensor(array, dtype).requires_grad_() for array in arrays]
     return _contestant(lambda training: function(*tensors), tensors)
 
 
 def _layer(layer, call, case):
-    return of_layer(layer, call, [common.inputs(case)], case.compiler)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
 
 
 def of_layer(
@@ -67,6 +83,7 @@ def of_layer(
     call: Callable[..., Any],
     arrays: list[np.ndarray],
     compiler: str = "",
+    dtype: str = "float32",
 ) -> Contestant:
     """Makes a contestant of a layer.
 
@@ -75,8 +92,9 @@ def of_layer(
         call: How it is called: `call(*tensors, training=...)`.
         arrays: The inputs.
         compiler: `"inductor"` for `torch.compile`, else none.
+        dtype: String, what the inputs are cast to.
     """
-    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
+    tensors = [_tensor(array, dtype).requires_grad_() for array in arrays]
     if compiler == "inductor":
         call = torch.compile(call, dynamic=False)
     return _contestant(
@@ -91,12 +109,14 @@ def _torch_nn(case):
         HEADS,
         dropout=RATE if case.kind == "dropout" else 0.0,
         batch_first=True,
+        device=keras.ops.zeros(()).device,
+        dtype=getattr(torch, case.dtype),
     )
-    x = torch.tensor(common.inputs(case), requires_grad=True)
-    options = {"attn_mask": ~torch.tensor(common.allowed(case)), "need_weights": False}
+    x = _tensor(common.inputs(case), case.dtype).requires_grad_()
+    options = {"attn_mask": ~_tensor(common.allowed(case)), "need_weights": False}
     options["is_causal"] = case.kind in ("causal", "dropout")
     if case.kind == "biased":
-        bias = torch.tensor(common.bias(case))
+        bias = _tensor(common.bias(case), case.dtype)
         options["attn_mask"] = bias.masked_fill(options["attn_mask"], -torch.inf)
 
     def call(training):

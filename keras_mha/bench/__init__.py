@@ -27,6 +27,24 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How the cases are run on a kind of device.
+
+    Args:
+        batch: Integer, the number of sequences.
+        dtype: String, the dtype policy of the layers.
+        leaves_device: Boolean, whether inputs come from the host and outputs go there,
+            as in `predict`. To and from a GPU that takes longer than to attend.
+    """
+
+    batch: int = 1
+    dtype: str = "float32"
+    leaves_device: bool = True
+
+
+ON_CPU, ON_ACCELERATOR = Setting(), Setting(8, "mixed_bfloat16", leaves_device=False)
+
 CASES = {
     "16 tokens": Case(16),
     "2048 tokens": Case(2048),

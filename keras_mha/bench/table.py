@@ -48,9 +48,16 @@ def show(found: dict[str, dict[str, Any]]) -> None:
     console.print(table)
     console.print(
         f"\n{machine['processor']}, {machine['cores']} cores. One layer of 8 heads of "
-        "64, causal, batch of 1, float32; medians of calls in turns.",
+        "64, causal; medians of calls in turns.",
         highlight=False,
     )
+    for backend, measured in found.items():
+        console.print(f"{backend}: {_setting(measured['machine'])}", highlight=False)
+
+
+def _setting(machine: dict[str, Any]) -> str:
+    where = f"{machine['device']}, batch of {machine['batch']}, {machine['dtype']}"
+    return where if machine["leaves_device"] else f"{where}, predict by its loss"
 
 
 def _cells(times: dict[str, float]) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Attention by the kernel that the backend ships, where it is exact and faster.
 
-torch's `scaled_dot_product_attention` everywhere; through JAX cuDNN on NVIDIA's GPUs,
-and splash attention on TPUs. TensorFlow ships none, and on a CPU
-`jax.nn.dot_product_attention` builds all T x S scores, as the reference does.
+torch's `scaled_dot_product_attention` everywhere, and its `flex_attention` on NVIDIA's
+GPUs; through JAX cuDNN's and a Pallas kernel on NVIDIA's GPUs, and splash attention on
+TPUs. TensorFlow ships none, and on a CPU `jax.nn.dot_product_attention` builds all
+T x S scores, as the reference does.
 """
 
 import importlib
@@ -23,17 +24,24 @@ _KERNEL = (
 )
 
 
+def choose(call: AttentionCall) -> tuple[str | None, str]:
+    """Returns the name of the fused kernel for a call, `None` if none can run it, and
+    why."""
+    if call.mixes_heads:
+        return None, MIXES_HEADS
+    if _KERNEL is None:
+        return None, f"no fused kernel on the {_NAME} backend"
+    if call.return_lse:
+        return None, "the fused kernel does not return the rows' sums"
+    if call.return_scores:
+        return None, "the fused kernel does not return the scores"
+    return _KERNEL.choose(call)
+
+
 def refusal(call: AttentionCall) -> str | None:
     """Returns why no fused kernel can run this call, or `None` if one can."""
-    if call.mixes_heads:
-        return MIXES_HEADS
-    if _KERNEL is None:
-        return f"no fused kernel on the {_NAME} backend"
-    if call.return_lse:
-        return "the fused kernel does not return the rows' sums"
-    if call.return_scores:
-        return "the fused kernel does not return the scores"
-    return _KERNEL.refusal(call)
+    name, why = choose(call)
+    return why if name is None else None
 
 
 def refusal_of_parts(call: AttentionCall) -> str | None:
@@ -47,11 +55,13 @@ def attend(call: AttentionCall) -> Attended:
     return Attended(_KERNEL.attend(call))
 
 
-def may_be_lowered_for_another(call: AttentionCall) -> bool:
-    """Whether a call's program may turn out to be for a device whose fused kernel is to
-    run short calls too, though that on which it is written has none."""
+def is_left_to_lowering(call: AttentionCall) -> bool:
+    """Whether a call of few scores, that no fused kernel of the device runs on which
+    its program is written, is better off with what the program is lowered for."""
+    if not backends.current().LOWERS_LATER or call.return_lse:
+        return False
     half = dtype_name(call.query) in ("float16", "bfloat16")
-    return half and backends.current().LOWERS_LATER and not call.return_lse
+    return half and _KERNEL.is_left_to_lowering(call)
 
 
 def attend_where_lowered(call: AttentionCall) -> Attended:

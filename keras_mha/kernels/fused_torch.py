@@ -1,332 +1,53 @@
-"""torch's fused kernel, on the whole call or on slices of its rows.
+"""Which of PyTorch's kernels runs a call.
 
-The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
-nothing. So where the mask is another, it is called for some rows at a time, with the
-keys from the first to the last that any of them may see and a mask of this size only.
-(Learned keys, which all see, are put beside these.)
+`scaled_dot_product_attention` takes what it can do alone: no mask, the causal one, few
+rows, dropout. On NVIDIA's GPUs `flex_attention`, where its compiler is there, takes
+what needs another mask, and soft caps, sinks and what learns in a bias.
 """
 
-from typing import Any, NamedTuple
-
-import torch
-from torch.nn import functional  # looked into when called: others replace what is there
-
 from keras_mha._keras import Tensor
-from keras_mha.kernels.backends.torch import is_exporting, splits_sequences
-from keras_mha.kernels.backends.torch_differentiable import (
-    differentiable,
-    of_formula,
-    takes_formula,
-)
-from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.call import AttentionCall
-from keras_mha.kernels.masking import allowed_pairs, bias_block
-from keras_mha.kernels.parts import join_tensors, split_tensors
-from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
-from keras_mha.memory_columns import MaskBesideMemory
+from keras_mha.kernels.torch_kernels import sdpa
 
-# Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
-# that only some of the rows may see. Other devices want more work at once.
-_ROWS, _ROWS_ELSEWHERE = 128, 1024
-_WHOLE = 512  # Up to so many rows one call is not slower than slices.
+refusal_of_parts = sdpa.refusal_of_parts
+
+SDPA, FLEX = "scaled_dot_product_attention", "flex_attention"
 
 
-def refusal(call: AttentionCall) -> str | None:
-    """Returns why torch's kernel cannot run this call, or `None` if it can."""
-    if call.dropout > 0:
-        return "the fused kernel's dropout does not follow the layer's seed"
-    if call.logit_soft_cap is not None:
-        return "the fused kernel has no soft cap"
-    if call.sink is not None:
-        return "the fused kernel has no sink"
-    # For a few rows torch itself takes another path, with all scores.
-    weights = (call.bias, *split_tensors(call.position_bias)[1])
-    is_trained = any(getattr(weight, "requires_grad", False) for weight in weights)
-    if is_trained and not _is_short(call):
-        return "torch's kernel has no gradient of a bias"
-    if torch.jit.is_tracing() and call.query.shape[2] != call.key.shape[2]:
-        return "ONNX knows torch's kernel with as many key heads as query heads only"
-    return None
-
-
-def refusal_of_parts(call: AttentionCall) -> str | None:
-    """Returns why torch's `context_parallel` cannot join what the processes attend to,
-    or `None` if it can."""
-    if call.has_bias or not (call.mask is None or _is_causal(call)):
-        return "it knows no bias, and no mask but the causal one"
-    return None
+def choose(call: AttentionCall) -> tuple[str | None, str]:
+    """Returns the name of PyTorch's kernel for a call, `None` if none can run it, and
+    why."""
+    why_not, flex_why_not = _refusals(call)
+    if flex_why_not is None:
+        why_not = why_not or "masks of all scores would be needed otherwise"
+        return FLEX, f"{why_not}; torch's flex_attention runs the call, compiled"
+    if why_not is None:
+        return SDPA, "the backend's own kernel can run the call"
+    if flex_why_not is _ELSEWHERE:
+        return None, why_not
+    return None, f"{why_not}, and {flex_why_not}"
 
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
-    query, key, value = (
-        x.to(_dtype(call)).transpose(1, 2) for x in (call.query, call.key, call.value)
-    )
-    width, value_width = query.shape[3], value.shape[3]
-    if width != value_width:
-        # Only of one width does the kernel take them; zeros change no product.
-        most = max(width, value_width)
-        query, key, value = (
-            functional.pad(x, (0, most - x.shape[3])) for x in (query, key, value)
-        )
-    whole = Tile(0, query.shape[2], 0, key.shape[2], whole=True)
-    if _is_short(call):
-        output = _attend_slice(call, _Slice(whole), query, key, value)
-    else:
-        # For many rows each head's in a piece is faster, for few the copies cost more.
-        query, key, value = (x.contiguous() for x in (query, key, value))
-        if _one_call_does(call) or takes_formula():
-            output = _attend_slice(call, _Slice(whole), query, key, value)
-        else:
-            output = _attend_slices(call, query, key, value)
-    if output.shape[3] != value_width:
-        output = output[..., :value_width]
-    return output.transpose(1, 2).to(call.query.dtype)
+    if call.device_kind != "gpu" or _refusals(call)[1] is not None:
+        return sdpa.attend(call)
+    from keras_mha.kernels.torch_kernels import flex
+
+    return flex.attend(call)
 
 
-def _dtype(call: AttentionCall) -> torch.dtype:
-    """The kernel takes one for all: a float32 bias is not cut down to a half type."""
-    held = (call.bias, *split_tensors(call.position_bias)[1])
-    dtype = call.query.dtype if call.position_bias is None else torch.float32
-    for x in held:
-        if x is not None and x.dtype.is_floating_point:
-            dtype = torch.promote_types(dtype, x.dtype)
-    return torch.promote_types(call.query.dtype, dtype)
+_ELSEWHERE = "flex_attention is taken on NVIDIA's GPUs"
+_NOT_NEEDED = "the other kernel does as well"
 
 
-def _is_short(call: AttentionCall) -> bool:
-    if is_exporting():  # neither slices nor lengths to compare there
-        return True
-    rows = call.query.shape[1]
-    return rows is not None and rows <= _WHOLE
+def _refusals(call: AttentionCall) -> tuple[str | None, str | None]:
+    """Returns why not `scaled_dot_product_attention`, and why not `flex_attention`."""
+    why_not = sdpa.refusal(call)
+    if call.device_kind != "gpu":
+        return why_not, _ELSEWHERE
+    if why_not is None and sdpa.is_one_call(call):
+        return why_not, _NOT_NEEDED
+    from keras_mha.kernels.torch_kernels import flex  # heavy, and not there everywhere
 
-
-def _one_call_does(call: AttentionCall) -> bool:
-    """Whether the whole call needs no mask of T x S numbers, or has one anyway."""
-    if call.position_bias is not None:
-        return False
-    if call.mask is None or _is_causal(call):
-        return True
-    return call.bias is None and is_alike_for_all_rows(call.mask)
-
-
-def _is_causal(call: AttentionCall) -> bool:
-    # With a negative scale torch's own causal mask gives NaN; one of booleans does not.
-    return not call.has_bias and call.scale > 0 and is_plain_causal(call.mask)
-
-
-class _Slice(NamedTuple):
-    """Some rows, and the keys that they may see.
-
-    Args:
-        tile: The rows, and the columns from the first to the last that any may see.
-        before: Of the scores' first columns, how many all see that are not in the tile.
-    """
-
-    tile: Tile
-    before: int = 0
-
-    @property
-    def ranges(self) -> tuple[slice, Any]:
-        """What indexes the rows, and the columns."""
-        tile = self.tile
-        rows = slice(tile.row, tile.row + tile.rows)
-        start, end = tile.column, tile.column + tile.columns
-        if self.before == 0 or self.before == start:
-            return rows, slice(start - self.before, end)
-        return rows, [*range(self.before), *range(start, end)]
-
-
-def _attend_slice(call, part, query, key, value):
-    """Attends from the rows to the columns; tensors are `(B, heads, ...)`."""
-    causal = part.tile.whole and _is_causal(call)
-    mask, seen = (None, None) if causal else _torch_mask(call, part)
-    output = _torch_attention(query, key, value, mask, causal, call.scale)
-    return output if seen is None else torch.where(seen, output, 0.0)
-
-
-def _torch_attention(query, key, value, mask, causal, scale):
-    """Calls torch's kernel, and sees to the derivatives that it has not."""
-    options = {"is_causal": causal, "scale": scale}
-    if query.shape[1] != key.shape[1]:
-        options["enable_gqa"] = True
-
-    def formula(query, key, value, mask=mask):
-        # What torch's function itself takes where no kernel fits.
-        attend = torch.ops.aten._scaled_dot_product_attention_math
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
-        return attend(query, key, value, attn_mask=mask, **options)[0]
-
-    if takes_formula() and not splits_sequences():
-        return formula(query, key, value)
-    output = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, **options
-    )
-    if not output.requires_grad or is_exporting() or splits_sequences():
-        return output
-    if mask is not None and mask.requires_grad:
-        return differentiable(formula, output, query, key, value, mask)
-    return differentiable(formula, output, query, key, value)
-
-
-def _torch_mask(call, part):
-    """Returns torch's `attn_mask` and which rows see any key at all.
-
-    A row that sees none is opened to all keys, so that no softmax is taken over
-    nothing, and its output is set to zero afterwards, which also stops its gradients.
-    """
-    bias = bias_block(call, part.tile)
-    allowed = allowed_pairs(call, part.tile, bias)
-    if part.before:
-        bias, allowed = (
-            x if x is None else functional.pad(x, (part.before, 0), value=front)
-            for x, front in ((bias, 0.0), (allowed, True))
-        )
-    if allowed is None:
-        return None if bias is None else bias.to(_dtype(call)), None
-    seen = allowed.any(dim=-1, keepdim=True)
-    if bias is None:
-        return allowed | ~seen, seen
-    dtype = _dtype(call)
-    if call.bias is not None:
-        # Finite, since a float32 bias may be out of the range of float16.
-        lowest = max(torch.finfo(dtype).min, torch.finfo(bias.dtype).min)
-        bias = bias.clamp(min=lowest)
-    bias = bias.to(dtype)
-    hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
-    return torch.where(allowed, bias, hidden), seen
-
-
-def _attend_slices(call, query, key, value):
-    if not torch.compiler.is_compiling():
-        return _Slices.apply(call, query, key, value)
-    mask, tensors = split_tensors(call.mask)
-    position_bias, held = split_tensors(call.position_bias)
-    biases = () if call.bias is None else (call.bias,)
-    arguments = mask, len(tensors), position_bias, len(held), call.scale
-    # Nothing but these three gets a gradient from slices.
-    given = [query, key, value, *(x.detach() for x in (*tensors, *held, *biases))]
-    return as_node(_SlicesNode, arguments, given)
-
-
-class _SlicesNode:
-    """Slices as a kernel for `torch_operators`."""
-
-    def __init__(self, mask, mask_count, position_bias, position_count, scale):
-        self._mask, self._position_bias = mask, position_bias
-        self._ends = mask_count, mask_count + position_count
-        self._scale = scale
-
-    def _call(self, tensors):
-        first, second = self._ends
-        query, key, value, *rest = tensors
-        return AttentionCall(
-            *(x.transpose(1, 2) for x in (query, key, value)),
-            mask=join_tensors(self._mask, rest[:first]),
-            position_bias=join_tensors(self._position_bias, rest[first:second]),
-            bias=rest[second] if rest[second:] else None,
-            scale=self._scale,
-        )
-
-    def attend(self, tensors):
-        output = _sliced(self._call(tensors), *tensors[:3])
-        return output, output.new_empty(0)
-
-    def outlines(self, tensors):
-        query, _, value = tensors[:3]
-        output = query.new_empty(*query.shape[:3], value.shape[3])
-        return output, query.new_empty(0)
-
-    def gradients(self, tensors, output, kept, output_gradient, wanted):
-        found = _sliced_gradients(self._call(tensors), tensors[:3], output_gradient)
-        return [found[place] for place in wanted]
-
-
-class _Slices(torch.autograd.Function):
-    """Keeps nothing for the gradient but the inputs: each slice is run again."""
-
-    @staticmethod
-    def forward(ctx, call, query, key, value):
-        ctx.call = call
-        ctx.save_for_backward(query, key, value)
-        return _sliced(call, query, key, value)
-
-    @staticmethod
-    def backward(ctx, output_gradient):
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():  # this gradient is to be differentiated again
-            whole = Tile(0, inputs[0].shape[2], 0, inputs[1].shape[2], whole=True)
-            found = of_formula(
-                lambda *inputs: _attend_slice(ctx.call, _Slice(whole), *inputs),
-                inputs,
-                output_gradient,
-            )
-            return None, *found
-        return None, *_sliced_gradients(ctx.call, inputs, output_gradient)
-
-
-def _sliced(call, query, key, value):
-    output = query.new_zeros(*query.shape[:3], value.shape[3])
-    for part in _slices(call):
-        rows, columns = part.ranges
-        output[:, :, rows] = _attend_slice(
-            call, part, query[:, :, rows], key[:, :, columns], value[:, :, columns]
-        )
-    return output
-
-
-def _sliced_gradients(call, inputs, output_gradient):
-    # Of half types the slices' parts are added up in float32.
-    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-    gradients = [torch.zeros_like(x, dtype=dtype) for x in inputs]
-    for part in _slices(call):
-        rows, columns = part.ranges
-        ranges = (rows, columns, columns)
-        cut = [
-            x[:, :, r].detach().requires_grad_()
-            for x, r in zip(inputs, ranges, strict=True)
-        ]
-        with torch.enable_grad():
-            output = _attend_slice(call, part, *cut)
-        found = torch.autograd.grad(output, cut, output_gradient[:, :, rows])
-        for gradient, r, added in zip(gradients, ranges, found, strict=True):
-            gradient[:, :, r] += added
-    return [gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True)]
-
-
-def _slices(call):
-    """Yields for every slice of the rows the keys that they may see."""
-    rows, columns = call.query.shape[1], call.key.shape[1]
-    step = _ROWS if call.query.device.type == "cpu" else _ROWS_ELSEWHERE
-    learned = call.mask.count if type(call.mask) is MaskBesideMemory else 0
-    for row in range(0, rows, step):
-        tile = Tile(row, min(step, rows - row), learned, columns - learned)
-        if call.mask is None:
-            yield _Slice(tile)
-            continue
-        first = _first_live(call.mask, tile, forward=True)
-        if first is not None:
-            last = _first_live(call.mask, tile, forward=False)
-            columns_seen = last.column + last.columns - first.column
-            tile = tile._replace(column=first.column, columns=columns_seen)
-            yield _Slice(tile, learned)
-        elif learned:
-            yield _Slice(tile._replace(column=0, columns=learned))
-
-
-def _first_live(mask, tile, forward):
-    """Returns the narrow tile nearest to one end that the mask does not call empty."""
-    if mask.status(tile) == "empty":
-        return None
-    if tile.columns <= _ROWS:
-        return tile
-    half = tile.columns // 2
-    halves = (
-        tile._replace(columns=half),
-        tile._replace(column=tile.column + half, columns=tile.columns - half),
-    )
-    for part in halves if forward else reversed(halves):
-        if (found := _first_live(mask, part, forward)) is not None:
-            return found
-    return None
+    return why_not, flex.refusal(call)

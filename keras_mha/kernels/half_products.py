@@ -28,8 +28,10 @@ def factors_of_scale(scale: float, query: Tensor) -> tuple[float, float]:
     """
     if dtype_name(query) not in ("float16", "bfloat16"):
         return scale, 1.0
-    fraction, exponent = math.frexp(scale)
-    return 2.0 ** (exponent - 1), 2.0 * fraction
+    _, exponent = math.frexp(scale)
+    # No more than what takes sums over wide heads back: float16 has few small numbers.
+    early = 2.0 ** min(max(exponent - 1, -8), 0)
+    return early, scale / early
 
 
 def times(x: Tensor, factor: float) -> Tensor:

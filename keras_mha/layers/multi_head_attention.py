@@ -98,7 +98,8 @@ class MultiHeadAttention(keras.layers.Layer):
         bias_constraint: Constraint on the projections' biases.
         use_gate: Whether the heads' outputs are multiplied by
             `sigmoid(gate projection of the query)` before the output projection.
-        seed: Integer seed of dropout.
+        seed: Integer seed of dropout. The same one drops the same weights on every
+            backend, but for PyTorch on a GPU, whose kernel drops its own.
         num_key_value_heads: Number of key and value heads, K; divides `num_heads`.
             Query head n reads key and value head n // (N / K): grouped-query
             attention, with 1 multi-query attention. Defaults to `num_heads`.

@@ -33,11 +33,14 @@ class Plan:
             `keras_mha.distribution.SequenceParallel` also `"ring"` or `"all_to_all"`.
         reason: One clause of English.
         kernel: The function that runs the call.
+        fused_kernel: The name of the backend's own kernel that runs it; `None` where
+            ours do.
     """
 
     implementation: str
     reason: str
     kernel: Callable[[AttentionCall], Attended] = field(repr=False)
+    fused_kernel: str | None = None
 
 
 def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
@@ -75,17 +78,17 @@ def plan(call: AttentionCall, implementation: Implementation = "auto") -> Plan:
 def _plan(call: AttentionCall, implementation: Implementation) -> Plan:
     if implementation == "reference":
         return Plan("reference", "asked for", reference.attend)
-    fused_refusal = fused.refusal(call)
+    fused_kernel, why = fused.choose(call)
+    fused_refusal = why if fused_kernel is None else None
     if implementation == "fused":
         _raise_if(fused_refusal, "implementation='fused'")
-        return Plan("fused", "asked for", fused.attend)
-    blockwise_refusal = blockwise.refusal(call)
+        return Plan("fused", "asked for", fused.attend, fused_kernel)
     if implementation == "blockwise":
-        _raise_if(blockwise_refusal, "implementation='blockwise'")
+        _raise_if(blockwise.refusal(call), "implementation='blockwise'")
         return Plan("blockwise", "asked for", _tiles(call))
     if fused_refusal is None:
-        reason = "the backend's own kernel can run the call"
-        return Plan("fused", reason, fused.attend)
+        return Plan("fused", why, fused.attend, fused_kernel)
+    blockwise_refusal = blockwise.refusal(call)
     if 0 in call.scores_shape and not call.return_scores:
         return Plan("reference", "there are no scores", reference.attend)
     if implementation == "flash":
@@ -117,7 +120,7 @@ def _without_fused(
     if has_few is None:
         reason = f"{fused_refusal}; in one tile if there are under {few} scores a head"
         return Plan("blockwise", reason, _by_device(call))
-    if has_few and not fused.may_be_lowered_for_another(call):
+    if has_few and not fused.is_left_to_lowering(call):
         reason = f"{fused_refusal}; tiles pay from {few} scores a head"
         return Plan("reference", reason, reference.attend)
     return Plan("blockwise", fused_refusal, _by_device(call))

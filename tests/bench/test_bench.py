@@ -1,6 +1,8 @@
 """`keras-mha bench`: timing in turns, one measurement, and the table."""
 
+import dataclasses
 import json
+import sys
 
 import keras
 import pytest
@@ -60,6 +62,41 @@ def test_a_measurement_times_both_layers(options):
         assert all(seconds > 0 for seconds in times.values())
 
 
+def test_of_an_accelerator_half_types_and_batches_are_measured(monkeypatch):
+    called = []
+
+    def spy(name):
+        function = getattr(keras.Model, name)
+
+        def wrapper(model, x, *rest, **options):
+            called.append((name, x.shape[0], keras.ops.is_tensor(x)))
+            called.append(model.layers[-1].compute_dtype)
+            return function(model, x, *rest, **options)
+
+        monkeypatch.setattr(keras.Model, name, wrapper)
+
+    for name in ("predict_on_batch", "test_on_batch", "train_on_batch"):
+        spy(name)
+    worker.measure(8, {}, 0, bench.ON_ACCELERATOR)
+    assert {call for call in called if isinstance(call, tuple)} == {
+        ("test_on_batch", 8, True),
+        ("train_on_batch", 8, True),
+    }
+    assert {call for call in called if isinstance(call, str)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu", "tpu"])
+def test_the_device_decides_what_is_measured(device, monkeypatch, capsys):
+    settings = []
+    monkeypatch.setattr(info, "device_kind", lambda: device)
+    monkeypatch.setattr(worker, "measure", lambda *given: settings.append(given[-1]))
+    monkeypatch.setattr(sys, "argv", ["worker", "0"])
+    worker.main()
+    expected = bench.ON_CPU if device == "cpu" else bench.ON_ACCELERATOR
+    assert settings == [expected] * len(bench.CASES)
+    assert json.loads(capsys.readouterr().out)["machine"]["device"] == device
+
+
 @pytest.fixture
 def instant_worker(monkeypatch):
     """Has every measurement end at once, with Keras's layer twice as slow."""
@@ -71,7 +108,8 @@ def instant_worker(monkeypatch):
         result = {
             "times": {case: {"predict": times, "train": times} for case in bench.CASES}
         }
-        result["machine"] = {"processor": "A processor", "cores": 2}
+        result["machine"] = {"processor": "A processor", "cores": 2, "device": "gpu"}
+        result["machine"] |= dataclasses.asdict(bench.ON_ACCELERATOR)
         return f"a greeting\n{json.dumps(result)}\n"
 
     monkeypatch.setattr(info, "run_under", run_under)
@@ -82,8 +120,10 @@ def test_bench_measures_every_case_and_shows_a_table(instant_worker, capsys):
     assert main(["bench", "--backend", CURRENT]) == 0
     assert instant_worker == [(CURRENT, "keras_mha.bench.worker")]
     shown = capsys.readouterr().out
+    setting = "gpu, batch of 8, mixed_bfloat16"
     for text in (CURRENT, "16 tokens", "4.0 / 2.0", "2.0x", "A processor, 2 cores"):
         assert text in shown
+    assert f"{CURRENT}: {setting}" in shown
 
 
 def test_bench_measures_every_installed_backend_by_default(instant_worker, monkeypatch):

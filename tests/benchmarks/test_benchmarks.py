@@ -1,12 +1,23 @@
 """The benchmarks run, and the README's figures are the ones that were measured."""
 
 import re
+import sys
 from pathlib import Path
 
 import keras
 import pytest
 
-from benchmarks import cases, chinese, contestants, draw, readme, results, scale
+from benchmarks import __main__ as benchmark
+from benchmarks import (
+    cases,
+    chinese,
+    contestants,
+    draw,
+    readme,
+    results,
+    scale,
+    unfinished,
+)
 from benchmarks.cases import Case
 from tests.helpers import needs_window_of_keras
 
@@ -26,6 +37,58 @@ def test_the_contestants_of_every_case_run(kind):
         ((forward, training),) = contestants.contestants(case, only=name).values()
         forward()
         training()
+
+
+@needs_window_of_keras
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_the_contestants_run_in_half_types_and_batches(kind):
+    case = Case(kind, 8, batch=3, dtype="bfloat16")
+    found = contestants.contestants(case)
+    for name in {"keras_mha", "torch.nn", "flax.nnx", "torch sdpa"} & {*found}:
+        forward, training = found[name]
+        forward()
+        training()
+
+
+def test_of_a_gpu_what_is_trained_there_is_measured():
+    for device in ("gpu", "tpu"):
+        found = cases.cases(BACKEND, device)
+        assert {case.dtype for case in found} == {"bfloat16"}
+        assert all(case.batch * case.length == cases.TOKENS for case in found)
+        assert {case.kind for case in found} == {*cases.KINDS}
+    assert {case.dtype for case in cases.cases(BACKEND)} == {"float32"}
+    assert {case.batch for case in cases.cases(BACKEND)} == {1}
+
+
+def test_what_a_gpu_took_is_kept_apart_and_shown(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(unfinished, "PATH", tmp_path / "unfinished.json")
+    case = Case("causal", 2048, batch=8, dtype="bfloat16")
+    alone = Case("biased", 2048, batch=8, dtype="bfloat16")
+    times = {"keras": {"median": 0.003}, "keras_mha": {"median": 0.002}}
+    ours = {"keras_mha": times["keras_mha"]}
+    lines = {
+        "device": [{"device": "gpu"}],
+        "time": [
+            {"machine": {"devices": ["gpu:0"]}},
+            {"case": case.config, "times": {"forward": times, "training": times}},
+            {"case": alone.config, "times": {"forward": ours, "training": ours}},
+        ],
+    }
+    monkeypatch.setattr(benchmark, "lines", lambda _, module, what, *names: lines[what])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--backend", BACKEND])
+    for module in (benchmark.draw, benchmark.readme):
+        for name in ("all_pictures", "write"):
+            monkeypatch.setattr(module, name, None, raising=False)
+    monkeypatch.setattr(benchmark, "_require_peer", lambda: None)
+    with pytest.raises(SystemExit):  # of a CPU nothing was measured
+        benchmark.main()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{BACKEND}-gpu.json"]
+    shown = capsys.readouterr().out
+    assert f"{BACKEND} on gpu:0" in shown
+    assert "causal 2048, batch of 8, bfloat16" in shown
+    assert "1.50x" in shown
+    assert "2.00 ms (no keras)" in shown
 
 
 def test_keras_is_not_asked_for_what_it_cannot_do():

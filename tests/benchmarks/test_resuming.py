@@ -1,6 +1,7 @@
 """The benchmark goes on where it was stopped, whatever it was measuring."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,9 @@ def measured(monkeypatch):
     asked: list[str] = []
 
     def lines(backend, module, part, *arguments, environment=None):
+        if part == "device":
+            yield {"device": measured.device}
+            return
         if part == "time":
             yield {"machine": measured.machine}
         for name in arguments if part == "time" else [" ".join((part, *arguments))]:
@@ -35,7 +39,8 @@ def measured(monkeypatch):
                 raise KeyboardInterrupt
             asked.append(name)
             if part == "time":
-                case = next(x for x in cases.cases(backend) if x.name == name)
+                every = cases.cases(backend, measured.device)
+                case = next(x for x in every if x.name == name)
                 yield {"case": case.config, "times": {"round": len(asked)}}
             elif part == "memory":
                 case, contestant = json.loads(arguments[0]), arguments[1]
@@ -44,7 +49,7 @@ def measured(monkeypatch):
                 yield {"decoding": {"steps": []}}
 
     monkeypatch.setattr(command, "lines", lines)
-    measured = SimpleNamespace(asked=asked, stop=None, machine=MACHINE)
+    measured = SimpleNamespace(asked=asked, stop=None, machine=MACHINE, device="cpu")
     return measured
 
 
@@ -117,6 +122,67 @@ def test_a_run_does_not_go_on_on_another_machine(measured):
     measured.stop, measured.machine = None, {"processor": "Napier"}
     with pytest.raises(SystemExit, match="--again"):
         command.measure("jax", [], PARTS)
+
+
+def test_a_stopped_run_on_a_gpu_goes_on_apart_from_that_on_a_cpu(measured):
+    on_gpu = [case.name for case in cases.cases("jax", "gpu")]
+    measured.stop = 3
+    with pytest.raises(KeyboardInterrupt):
+        command.measure("jax", [], PARTS)
+    measured.device, measured.stop = "gpu", 5
+    measured.machine = MACHINE | {"devices": ["gpu:0"]}
+    with pytest.raises(KeyboardInterrupt):
+        command.measure("jax", [], ("time",), "gpu")
+    measured.stop = None
+    command.measure("jax", [], ("time",), "gpu")
+    assert measured.asked == [*everything()[:3], *on_gpu]
+    measured.device, measured.machine = "cpu", MACHINE
+    command.measure("jax", [], PARTS)
+    assert measured.asked == [*everything()[:3], *on_gpu, *everything()[3:]]
+
+
+@pytest.fixture
+def run(measured, monkeypatch):
+    """Runs the command for JAX with more arguments; it writes no pages."""
+    monkeypatch.setattr(command, "_require_peer", lambda: None)
+    monkeypatch.setattr(results, "load", lambda: [])
+    monkeypatch.setattr(
+        command.grid, "measure", lambda *given: measured.asked.append(given)
+    )
+    monkeypatch.setattr(command.accelerators, "show", lambda *given: None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--backend=jax", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return str(ended.value)
+
+    return run
+
+
+def test_a_run_on_a_gpu_that_is_finished_begins_anew(measured, run):
+    measured.device = "gpu"
+    on_gpu = [case.name for case in cases.cases("jax", "gpu")]
+    for _ in range(2):
+        run()
+    assert measured.asked == 2 * on_gpu
+    assert unfinished.parts() == []
+
+
+@pytest.mark.parametrize("part", ["memory", "decoding", "grid", "thresholds"])
+def test_what_is_of_cpus_is_refused_on_a_gpu(part, measured, run, folder):
+    measured.device = "gpu"
+    assert run("--only", part) == f"on a gpu time is measured, not {part}"
+    assert measured.asked == [] and not list(folder.iterdir())
+
+
+def test_a_case_kept_before_cases_had_a_type_is_measured_again(measured):
+    old = {"case": {"kind": "causal", "length": 16, "compiler": ""}, "times": {}}
+    kept = {"machine": MACHINE, "times": [old], "memory": []}
+    results.path("jax").write_text(json.dumps(kept))
+    command.measure("jax", ["causal 16"], ("time",))
+    (found,) = json.loads(results.path("jax").read_text())["times"]
+    assert found["times"] == {"round": 1}
 
 
 def test_the_grid_is_asked_for_by_name():

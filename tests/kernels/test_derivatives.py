@@ -94,10 +94,10 @@ def attention(names, given, implementation):
 def implementation(request, monkeypatch):
     if request.param != "slices":
         return request.param
-    from keras_mha.kernels import fused_torch
+    from keras_mha.kernels.torch_kernels import sdpa
 
-    monkeypatch.setattr(fused_torch, "_ROWS", 8)
-    monkeypatch.setattr(fused_torch, "_WHOLE", 4)
+    monkeypatch.setattr(sdpa, "_ROWS", 8)
+    monkeypatch.setattr(sdpa, "_WHOLE", 4)
     return "fused"
 
 

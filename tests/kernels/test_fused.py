@@ -45,10 +45,10 @@ CASES = {
 
 @pytest.fixture
 def small_slices(monkeypatch):
-    from keras_mha.kernels import fused_torch
+    from keras_mha.kernels.torch_kernels import sdpa
 
-    monkeypatch.setattr(fused_torch, "_WHOLE", 0)
-    monkeypatch.setattr(fused_torch, "_ROWS", 16)
+    monkeypatch.setattr(sdpa, "_WHOLE", 0)
+    monkeypatch.setattr(sdpa, "_ROWS", 16)
 
 
 @only_torch

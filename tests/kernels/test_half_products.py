@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 
 import keras_mha
-from keras_mha.kernels import blockwise, reference
+from keras_mha.kernels import blockwise, reference, thresholds
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.half_products import factors_of_scale
 from keras_mha.masks import Causal
+from keras_mha.ops import planner
 from tests import oracle
-from tests.helpers import only_jax, outputs_and_gradients, rounded
+from tests.helpers import (
+    only_jax,
+    only_tensorflow,
+    outputs_and_gradients,
+    rounded,
+    to_numpy,
+    to_tensor,
+)
 
 LENGTH, HEADS, GROUPS, WIDTH = 48, 4, 2, 16
 SCALE = 0.3  # no power of two
@@ -111,6 +120,68 @@ def test_dropout_scales_up_what_is_kept(kernel):
         np.testing.assert_allclose(x, y, atol=0.02 * np.abs(y).max())
 
 
+ROUNDED = {"tensorflow": list(KERNELS), "torch": ["reference"], "jax": []}
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
+def test_products_are_not_rounded_to_the_half_type(kernel):
+    """Logits near 100 that differ by less than bfloat16's step of 0.5 there."""
+    query, value = np.ones((1, 1, 1, 2)), np.array([0.0, 1.0]).reshape(1, 2, 1, 1)
+    key = np.array([[64.0, 36.0], [64.0, 36.25]]).reshape(1, 2, 1, 2)
+    tensors = [to_tensor(x, "bfloat16") for x in (query, key, value)]
+    call = AttentionCall(*tensors, device="gpu")
+    output = to_numpy(KERNELS[kernel](call).output)
+    # But where the backend has no such product, or none with a gradient.
+    is_rounded = kernel in ROUNDED[keras.backend.backend()]
+    expected = 0.5 if is_rounded else 1 / (1 + np.exp(-0.25))
+    np.testing.assert_allclose(output, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [0.125, 0.3, -0.7, 5.0, 0.0, 1e-7])
+def test_a_half_query_is_scaled_by_a_power_of_two_alone(scale):
+    early, late = factors_of_scale(scale, to_tensor(np.ones(1), "float16"))
+    assert early * late == scale
+    assert np.log2(early) == int(np.log2(early))
+    assert early >= 2**-8  # a number of float16 is not lost
+    assert factors_of_scale(scale, to_tensor(np.ones(1), "float32")) == (scale, 1.0)
+
+
+# ------------------------------------------------------------ TensorFlow, as on a GPU
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    from keras_mha.kernels import backends
+
+    monkeypatch.setattr(backends.current(), "device_kind", lambda x: "gpu")
+
+
+@only_tensorflow
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("memory", [2**34, 2**12])
+def test_a_layer_of_half_types_trains_as_on_a_gpu(
+    as_on_a_gpu, monkeypatch, memory, xla
+):
+    """With whole scores, which fit into 16 GiB, and in tiles, where they do not."""
+    monkeypatch.setattr(thresholds, "MEMORY", memory)
+    plans = []
+    plan = planner.plan
+    monkeypatch.setattr(
+        planner, "plan", lambda *call: plans.append(plan(*call)) or plans[-1]
+    )
+    keras.utils.set_random_seed(1)
+    x = np.random.default_rng(1).normal(size=(4, 48, 16)).astype("float32")
+    layer = keras_mha.MultiHeadAttention(2, 8, dropout=0.1, dtype="mixed_bfloat16")
+    inputs = keras.Input((48, 16))
+    model = keras.Model(inputs, layer(inputs, use_causal_mask=True))
+    model.compile("adam", "mse", jit_compile=xla)
+    before = model.evaluate(x, 0 * x, verbose=0)
+    model.fit(x, 0 * x, epochs=3, batch_size=2, verbose=0)
+    assert model.evaluate(x, 0 * x, verbose=0) < before
+    taken = {each.implementation for each in plans}
+    assert taken == {"reference" if memory == 2**34 else "blockwise"}
+
+
 # ------------------------------------------------ programs of JAX for other platforms
 
 
@@ -151,3 +222,21 @@ def test_a_program_for_several_platforms_multiplies_as_each_does_best():
     module = export.export(step, platforms=["cpu", "rocm"])(x).mlir_module()
     found = re.findall(r"dot_general[^\n]*: \(tensor<[^>]*x(\w+)>, tensor", module)
     assert set(found) == {"f32", "bf16"}
+
+
+@only_jax
+def test_a_program_can_be_exported_for_every_platform_at_once():
+    """It is to run under later versions of JAX, which promises them none of a GPU's
+    kernels; those of a TPU it does."""
+    import jax
+    from jax import export
+
+    def loss(x):
+        output = keras_mha.dot_product_attention(x, x, x, mask=Causal())
+        return output.astype("float32").sum()
+
+    x = jax.ShapeDtypeStruct((2, 1024, 4, 64), "bfloat16")
+    exported = export.export(jax.jit(jax.grad(loss)), platforms=["cpu", "tpu", "cuda"])
+    module = exported(x).mlir_module()
+    assert "tpu_custom_call" in module
+    assert "__cudnn" not in module

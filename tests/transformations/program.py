@@ -39,9 +39,9 @@ def small_tiles():
         ):
             stack.enter_context(mock.patch.object(place, name, number))
         if keras.backend.backend() == "torch":
-            from keras_mha.kernels import fused_torch
+            from keras_mha.kernels.torch_kernels import sdpa
 
-            stack.enter_context(mock.patch.multiple(fused_torch, _ROWS=8, _WHOLE=4))
+            stack.enter_context(mock.patch.multiple(sdpa, _ROWS=8, _WHOLE=4))
         yield
 
 

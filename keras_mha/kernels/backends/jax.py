@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_mha.kernels.backends import jax_program
 from keras_mha.kernels.backends.jax_differentiable import DEVICES, with_gradient
 from keras_mha.kernels.backends.jax_manual_axes import alike, is_varying, shard_index
 
@@ -175,7 +176,7 @@ def device_count() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names and set(mesh.axis_names) == set(mesh.manual_axes):
         return 1  # within `jax.shard_map` each runs its own
-    return jax.device_count()
+    return jax_program.current().devices or jax.device_count()
 
 
 def splits_sequences() -> bool:

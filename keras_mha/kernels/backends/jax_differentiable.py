@@ -19,10 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_mha.kernels.backends import jax_manual_axes as manual_axes
+from keras_mha.kernels.backends import jax_program
 from keras_mha.kernels.backends.jax_explicit_axes import in_auto_axes
 
 # The kinds of device that programs are lowered for, by the names of JAX's platforms.
@@ -55,6 +57,7 @@ class _Call:
     tree: Any
     levels: tuple[tuple[bool, ...], ...] = ()
     wanted: tuple[int, ...] = ()
+    program: tuple[Any, ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -201,18 +204,31 @@ def _primitive(name, compute, abstract):
     primitive = Primitive(f"keras_mha_{name}")
     primitive.multiple_results = True
 
-    def run(*tensors, call, device):
-        return _run(compute, call.lowered_for(device), *tensors)
-
     # A program may be lowered for another platform than that of the machine on which it
     # was traced, and not before then is it known: each has a lowering of its own.
     for platform, device in (*DEVICES.items(), (None, "other")):
-        lowering = mlir.lower_fun(partial(run, device=device), multiple_results=True)
-        mlir.register_lowering(primitive, lowering, platform=platform)
+        lower = partial(_lower, compute, device)
+        mlir.register_lowering(primitive, lower, platform=platform)
     primitive.def_impl(lambda *tensors, call: _bind(primitive, call, *tensors))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = partial(_map, primitive)
     return primitive
+
+
+def _lower(compute, device, context, *tensors, call):
+    # Neither is it known before for how many devices it is, nor may what was traced for
+    # one way to share it be taken for another.
+    count = getattr(context.module_context.axis_context, "num_devices", None)
+    program = jax_program.Program(count, context.is_forward_compat())
+    call = replace(
+        call.lowered_for(device), program=(program, keras.distribution.distribution())
+    )
+
+    def run(*tensors):
+        with jax_program.lowering_into(program):
+            return _run(compute, call, *tensors)
+
+    return mlir.lower_fun(run, multiple_results=True)(context, *tensors)
 
 
 def _map(primitive, tensors, axes, *, call):
@@ -253,6 +269,14 @@ def _abstract_tangent(*tensors, call):
 _attend = _primitive("attend", _compute_attend, _abstract_attend)
 _pull_back = _primitive("pull_back", _compute_pull_back, _abstract_pull_back)
 _tangent = _primitive("tangent", _compute_tangent, _abstract_tangent)
+
+
+def require_devices() -> None:
+    """Lets kernels say, from now on, how devices are to share them: JAX then keeps at
+    hand which devices a program is lowered for. No way to ask for it is public."""
+    from jax._src import dispatch
+
+    dispatch.prim_requires_devices_during_lowering.update((_attend, _pull_back))
 
 
 def _is_zero(tangent):

@@ -186,11 +186,12 @@ def device_kind(x: Any) -> str:
 @functools.cache
 def device_memory() -> int | None:
     """Returns how many bytes the fastest device has, `None` if it does not say."""
-    from tensorflow.python.client import device_lib  # no public name says it
-
-    found = device_lib.list_local_devices()
-    limits = [d.memory_limit for d in found if d.device_type != "CPU"]
-    return min(limits, default=0) or None
+    # Only what TensorFlow was told it says in public.
+    for device in tf.config.list_physical_devices("GPU"):
+        for logical in tf.config.get_logical_device_configuration(device) or ():
+            if logical.memory_limit is not None:
+                return int(logical.memory_limit) * 2**20
+    return None
 
 
 def device_count() -> int:

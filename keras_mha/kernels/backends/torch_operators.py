@@ -36,25 +36,39 @@ class Kernel(Protocol):
         """Returns the gradients of the tensors that are wanted, by their places."""
 
 
-_kernels: list[Kernel] = []
+_made: list[Any] = []
 
 
-def as_node(make: Callable[..., Kernel], arguments: tuple, tensors: list) -> Tensor:
+def made(number: int) -> Any:
+    """Returns the object of a `number_of`."""
+    return _made[number]
+
+
+def as_node(
+    make: Callable[..., Kernel],
+    arguments: tuple,
+    tensors: list,
+    reads_numbers: bool = False,
+) -> Tensor:
     """Writes a kernel into the program that is being compiled.
 
     Args:
         make: A class or a function that makes the kernel of the arguments.
         arguments: Numbers, names and parts of masks and biases; no tensors.
         tensors: What the kernel is given.
+        reads_numbers: Whether it asks for numbers of tensors, which a CUDA graph that
+            is recorded does not tell.
 
     Returns:
         The output.
     """
-    return _attend(tensors, _number_of(make, as_constants(arguments)))[0]
+    attend = _attend_reading if reads_numbers else _attend
+    return attend(tensors, number_of(make, as_constants(arguments)))[0]
 
 
 @torch._dynamo.assume_constant_result
-def _number_of(make: Callable[..., Kernel], constants: Any) -> int:
+def number_of(make: Callable, constants: Any) -> int:
+    """Returns what a program knows an object by that is made of `as_constants`."""
     arguments = from_constants(constants)
     try:
         return _number_of_equal(make, arguments)
@@ -64,19 +78,8 @@ def _number_of(make: Callable[..., Kernel], constants: Any) -> int:
 
 @functools.cache
 def _number_of_equal(make, arguments):
-    _kernels.append(make(*arguments))
-    return len(_kernels) - 1
-
-
-@torch.library.custom_op("keras_mha::attend", mutates_args=())
-def _attend(tensors: Sequence[Tensor], number: int) -> tuple[Tensor, Tensor]:
-    output, kept = _kernels[number].attend(list(tensors))
-    return output.contiguous(), kept.contiguous()
-
-
-@_attend.register_fake
-def _(tensors, number):
-    return _kernels[number].outlines(list(tensors))
+    _made.append(make(*arguments))
+    return len(_made) - 1
 
 
 def _autograd():
@@ -90,40 +93,54 @@ def _autograd():
     )
 
 
-@torch.library.custom_op("keras_mha::attend_backward", mutates_args=())
-def _attend_backward(
-    tensors: Sequence[Tensor],
-    output: Tensor,
-    kept: Tensor,
-    output_gradient: Tensor,
-    wanted: Sequence[int],
-    number: int,
-) -> list[Tensor]:
-    with _autograd():
-        found = _kernels[number].gradients(
-            list(tensors), output, kept, output_gradient, list(wanted)
-        )
-    return [x.contiguous() for x in found]
-
-
-@_attend_backward.register_fake
-def _(tensors, output, kept, output_gradient, wanted, number):
-    return [tensors[place].new_empty(tensors[place].shape) for place in wanted]
-
-
 def _keep(ctx, inputs, output):
     tensors, ctx.number = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx, output_gradient, _):
-    *tensors, output, kept = ctx.saved_tensors
-    wanted = [i for i, is_wanted in enumerate(ctx.needs_input_grad[0]) if is_wanted]
-    found = _attend_backward(tensors, output, kept, output_gradient, wanted, ctx.number)
-    gradients = [None] * len(tensors)
-    for place, gradient in zip(wanted, found, strict=True):
-        gradients[place] = gradient
-    return gradients, None
+def _operators(name: str, **options: Any) -> Callable:
+    """Registers the operator that runs kernels, with the one of their gradients."""
+
+    @torch.library.custom_op(f"keras_mha::{name}", mutates_args=(), **options)
+    def attend(tensors: Sequence[Tensor], number: int) -> tuple[Tensor, Tensor]:
+        output, kept = made(number).attend(list(tensors))
+        return output.contiguous(), kept.contiguous()
+
+    @attend.register_fake
+    def _(tensors, number):
+        return made(number).outlines(list(tensors))
+
+    @torch.library.custom_op(f"keras_mha::{name}_backward", mutates_args=(), **options)
+    def attend_backward(
+        tensors: Sequence[Tensor],
+        output: Tensor,
+        kept: Tensor,
+        output_gradient: Tensor,
+        wanted: Sequence[int],
+        number: int,
+    ) -> list[Tensor]:
+        with _autograd():
+            found = made(number).gradients(
+                list(tensors), output, kept, output_gradient, list(wanted)
+            )
+        return [x.contiguous() for x in found]
+
+    @attend_backward.register_fake
+    def _(tensors, output, kept, output_gradient, wanted, number):
+        return [tensors[place].new_empty(tensors[place].shape) for place in wanted]
+
+    def gradients(ctx, output_gradient, _):
+        *tensors, output, kept = ctx.saved_tensors
+        wanted = [i for i, is_wanted in enumerate(ctx.needs_input_grad[0]) if is_wanted]
+        given = tensors, output, kept, output_gradient, wanted, ctx.number
+        gradients = [None] * len(tensors)
+        for place, gradient in zip(wanted, attend_backward(*given), strict=True):
+            gradients[place] = gradient
+        return gradients, None
+
+    attend.register_autograd(gradients, setup_context=_keep)
+    return attend
 
 
-_attend.register_autograd(_gradients, setup_context=_keep)
+_attend = _operators("attend")
+_attend_reading = _operators("attend_reading", tags=(torch.Tag.cudagraph_unsafe,))

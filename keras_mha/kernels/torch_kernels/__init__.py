@@ -1,0 +1,1 @@
+"""The kernels that PyTorch ships, a module each, and what hands calls to them."""
