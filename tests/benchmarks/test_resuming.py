@@ -53,6 +53,25 @@ def measured(monkeypatch):
     return measured
 
 
+@pytest.fixture
+def run(measured, monkeypatch):
+    """Runs the command for JAX with more arguments; it writes no pages."""
+    monkeypatch.setattr(command, "_require_peer", lambda: None)
+    monkeypatch.setattr(results, "load", lambda: [])
+    monkeypatch.setattr(
+        command.grid, "measure", lambda *given: measured.asked.append(given)
+    )
+    monkeypatch.setattr(command.accelerators, "show", lambda *given: None)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--backend=jax", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        return str(ended.value)
+
+    return run
+
+
 def everything():
     memory = [
         " ".join(("memory", json.dumps(case.config), who))
@@ -124,40 +143,25 @@ def test_a_run_does_not_go_on_on_another_machine(measured):
         command.measure("jax", [], PARTS)
 
 
-def test_a_stopped_run_on_a_gpu_goes_on_apart_from_that_on_a_cpu(measured):
+def test_a_stopped_run_on_a_gpu_goes_on_apart_from_that_on_a_cpu(measured, run):
     on_gpu = [case.name for case in cases.cases("jax", "gpu")]
+    measured.device = "gpu"
+    run()
+    assert measured.asked == on_gpu
+    measured.asked.clear()
+    measured.device = "cpu"
     measured.stop = 3
     with pytest.raises(KeyboardInterrupt):
         command.measure("jax", [], PARTS)
     measured.device, measured.stop = "gpu", 5
-    measured.machine = MACHINE | {"devices": ["gpu:0"]}
     with pytest.raises(KeyboardInterrupt):
         command.measure("jax", [], ("time",), "gpu")
     measured.stop = None
     command.measure("jax", [], ("time",), "gpu")
     assert measured.asked == [*everything()[:3], *on_gpu]
-    measured.device, measured.machine = "cpu", MACHINE
+    measured.device = "cpu"
     command.measure("jax", [], PARTS)
     assert measured.asked == [*everything()[:3], *on_gpu, *everything()[3:]]
-
-
-@pytest.fixture
-def run(measured, monkeypatch):
-    """Runs the command for JAX with more arguments; it writes no pages."""
-    monkeypatch.setattr(command, "_require_peer", lambda: None)
-    monkeypatch.setattr(results, "load", lambda: [])
-    monkeypatch.setattr(
-        command.grid, "measure", lambda *given: measured.asked.append(given)
-    )
-    monkeypatch.setattr(command.accelerators, "show", lambda *given: None)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmarks", "--backend=jax", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            command.main()
-        return str(ended.value)
-
-    return run
 
 
 def test_a_run_on_a_gpu_that_is_finished_begins_anew(measured, run):
