@@ -30,7 +30,8 @@ help:
 	@echo "make test-oldest           the suite under the oldest Keras supported ($(KERAS))"
 	@echo "make test-oldest KERAS=V   the suite under another version of Keras"
 	@echo "make test-accelerator      what a GPU or TPU shows, with what \$$(PYTHON) has"
-	@echo "make benchmark             measure beside the peers, write the README's figures"
+	@echo "make benchmark             measure beside the peers, write the README's figures;"
+	@echo "                           goes on where it was stopped (ARGS=--again: anew)"
 	@echo "make docs                  build the documentation site into site/"
 	@echo "make lint                  ruff: the rules and the format"
 	@echo "make format                ruff: apply the format and the safe fixes"
@@ -40,7 +41,7 @@ demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python -m keras_mha demo
 
 benchmark: $(VENV)/benchmark.stamp
-	$(VENV)/bin/python -m benchmarks
+	$(VENV)/bin/python -m benchmarks $(ARGS)
 
 # The variable keeps the theme from advertising another generator on every build.
 docs: $(VENV)/docs.stamp

@@ -4,6 +4,39 @@
 
 import re
 
+# Of the grid: whole sentences, then what stands in its tables.
+GRID = {
+    "The grid: 10 shapes, batch x length, of a plain call, a causal one, padding, "
+    "dropout=0.1, 4 query heads to a key head (beside Keras's `GroupQueryAttention`), "
+    "and cross-attention of 128 to 512 tokens; how many times faster than Keras's "
+    "layer, the lowest of 4 heads of 32, 8 of 64 and 12 of 64. What is under ": (
+        "网格：10 种形状（批大小 x 长度），包括普通调用、因果、填充、dropout=0.1、"
+        "每个键头对应 4 个查询头（与 Keras 的 `GroupQueryAttention` 相比），"
+        "以及 128 对 512 个词元的交叉注意力；图中为比 Keras 自带层快多少倍，"
+        "取 4 个宽度为 32、8 个宽度为 64 和 12 个宽度为 64 的头三者中的最低值。低于 "
+    ),
+    " is framed.": " 的格子加框。",
+    "The grid: how many times faster than Keras's layer": (
+        "网格：比 Keras 自带层快多少倍"
+    ),
+    "| calls, forward and training |": "| 调用数，前向与训练 |",
+    " by the third quartile too |": "（按第三四分位数也是） |",
+    "| under ": "| 低于 ",
+    "| the grid |": "| 网格 |",
+    "| lowest of the grid |": "| 网格中最低的 |",
+    "| lowest |": "| 最低 |",
+    "| median |": "| 中位数 |",
+    "| times faster |": "| 加速比 |",
+    "ours, ms": "本层，毫秒",
+    "Keras's, ms": "Keras，毫秒",
+    "| forward |": "| 前向 |",
+    ", eager |": "，即时执行 |",
+    ", compiled |": "，编译 |",
+    ", xla |": "，XLA |",
+    "float32; medians (and quartiles) of the ratios of interleaved rounds.": (
+        "float32；表中为交错轮次比值的中位数（及四分位数）。"
+    ),
+}
 # Longest first, so that no phrase is taken apart by a part of it.
 PHRASES = {
     "times faster than Keras's layer": "相对 Keras 自带层的加速比",
@@ -47,6 +80,11 @@ PHRASES = {
     ),
 }
 PATTERNS = {
+    r"\bplain (\d)": r"普通 \1",
+    r"\bcausal (\d)": r"因果 \1",
+    r"\bpadding (\d)": r"填充 \1",
+    r"\bgrouped (\d)": r"分组 \1",
+    r"\bcross (\d)": r"交叉 \1",
     r"token (\d+), cache of (\d+)": r"第 \1 个词元，缓存 \2",
     r"token (\d+)": r"第 \1 个词元",
     r", (\d+) 个词元": r"，\1 个词元",
@@ -56,9 +94,10 @@ PATTERNS = {
 
 
 def translated(section: str) -> str:
-    """Returns what `readme.section` wrote, in Chinese."""
-    for phrase in sorted(PHRASES, key=len, reverse=True):
-        section = section.replace(phrase, PHRASES[phrase])
+    """Returns what `readme.section` or `grid.pages.section` wrote, in Chinese."""
+    phrases = PHRASES | GRID
+    for phrase in sorted(phrases, key=len, reverse=True):
+        section = section.replace(phrase, phrases[phrase])
     for pattern, chinese in PATTERNS.items():
         section = re.sub(pattern, chinese, section)
     return section

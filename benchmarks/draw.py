@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 from benchmarks import scale as counted
 from benchmarks.cases import KINDS, Case
 from benchmarks.results import KERAS, OURS, Results
+from benchmarks.tables import TITLES
 
 COLOURS = {OURS: "tab:blue", KERAS: "tab:orange"}
 PEER = "tab:gray"
-TITLES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
 
 def all_pictures(

@@ -16,12 +16,11 @@ from benchmarks.cases import (
     Step,
     programs,
 )
-from benchmarks.draw import TITLES
 from benchmarks.results import KERAS, KERAS_HUB, OURS, Results
+from benchmarks.tables import NONE, TITLES, table, times_faster
 
 BEGIN = "<!-- benchmarks: begin (written by `python -m benchmarks`) -->"
 END = "<!-- benchmarks: end -->"
-NONE = "–"
 
 
 def write(
@@ -74,19 +73,13 @@ def _ratios(results: list[Results]) -> str:
     rows = []
     for name, case in cases:
         cells = [
-            _number(found.ratio(case, kind))
+            times_faster(found.ratio(case, kind))
             for found in results
             for kind in ("forward", "training")
         ]
         if set(cells) != {NONE}:
             rows.append([name, *cells])
-    return _table(head, rows)
-
-
-def _number(ratio: float | None) -> str:
-    if ratio is None:
-        return NONE
-    return f"{ratio:.1f}x" if ratio >= 2 else f"{ratio:.2f}x"
+    return table(head, rows)
 
 
 def _memory(results: list[Results]) -> str:
@@ -112,7 +105,7 @@ def _memory(results: list[Results]) -> str:
     whole = ["whole process, causal, 32768 tokens"]
     for found in results:
         whole.append(_bytes(found.process_bytes(Case("causal", 32768), OURS)))
-    return _table(head, [*rows, whole])
+    return table(head, [*rows, whole])
 
 
 def _bytes(number: int | None) -> str:
@@ -140,7 +133,7 @@ def _peers(results: list[Results]) -> str:
                 ]
                 for name in forward
             ]
-    return _table(["causal, 4096 tokens", "", "forward, ms", "training, ms"], rows)
+    return table(["causal, 4096 tokens", "", "forward, ms", "training, ms"], rows)
 
 
 def _spread(times: dict[str, float]) -> str:
@@ -170,7 +163,7 @@ def _decoding(results: list[Results]) -> str:
         head.append(TITLES[found.backend] + (", `lax.scan`" if program else ""))
         for row, cell in zip(rows, _decoding_cells(found, program), strict=True):
             row.append(cell)
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _decoding_cells(found: Results, program: str) -> list[str]:
@@ -184,9 +177,9 @@ def _decoding_cells(found: Results, program: str) -> list[str]:
         *(" / ".join(map(_milliseconds, both)) for both in (early, late, early_alone)),
         # It is no program of steps: it stands once, in the backend's first column.
         NONE if program else _milliseconds(again),
-        " / ".join(map(_number, map(_quotient, late, early))),
-        " / ".join(map(_number, map(_quotient, late, early_alone))),
-        _number(_quotient(again, late[0])),
+        " / ".join(map(times_faster, map(_quotient, late, early))),
+        " / ".join(map(times_faster, map(_quotient, late, early_alone))),
+        times_faster(_quotient(again, late[0])),
     ]
 
 
@@ -213,8 +206,3 @@ def _machine(results: list[Results]) -> str:
         "quartiles) of interleaved rounds in one process; the machine is shared, so "
         "ratios count and single times do not."
     )
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

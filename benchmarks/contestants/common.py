@@ -105,7 +105,7 @@ def _built(layer, case, options):
     shape = (case.batch, case.length, FEATURES)
     layer.build(shape, shape)
 
-    def call(x, training):
+    def call(x, *, training):
         return layer(x, x, training=training, **options)
 
     return layer, call

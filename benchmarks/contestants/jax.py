@@ -1,11 +1,17 @@
 """Contestants under JAX: both Keras layers, Flax's layer and JAX's function."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 
 from benchmarks.cases import FEATURES, GROUPS, HEADS, RATE, Case
-from benchmarks.contestants import common
+from benchmarks.contestants import Contestant, common
+
+COMPILERS = {"eager": "eager", "compiled": ""}  # of the grid's programs
 
 
 def makers(case: Case) -> dict:
@@ -31,38 +37,65 @@ def _ready(function, *arguments):
 
 
 def _function(function, case):
-    x = jnp.asarray(common.heads(case), case.dtype)
+    return of_function(function, [common.heads(case)] * 3, dtype=case.dtype)
+
+
+def of_function(
+    function: Callable, arrays: list[np.ndarray], dtype: str = "float32"
+) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    tensors = [jnp.asarray(array, dtype) for array in arrays]
 
     def loss(*tensors):
         return function(*tensors).sum()
 
     gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    return _ready(jax.jit(function), x, x, x), _ready(gradients, x, x, x)
+    return _ready(jax.jit(function), *tensors), _ready(gradients, *tensors)
 
 
 def _layer(layer, call, case):
-    x = jnp.asarray(common.inputs(case), case.dtype)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
+
+
+def of_layer(
+    layer: keras.Layer,
+    call: Callable[..., Any],
+    arrays: list[np.ndarray],
+    compiler: str = "",
+    dtype: str = "float32",
+) -> Contestant:
+    """Makes a contestant of a layer.
+
+    Args:
+        layer: Built layer.
+        call: How it is called: `call(*tensors, training=...)`.
+        arrays: The inputs.
+        compiler: As a `Case` has it.
+        dtype: String, what the inputs are cast to.
+    """
+    tensors = [jnp.asarray(array, dtype) for array in arrays]
     weights = [variable.value for variable in layer.trainable_variables]
-    others = [variable.value for variable in layer.non_trainable_variables]
-    options = {"use_causal_mask": True}
-    if case.kind == "padded":
-        options["value_mask"] = jnp.asarray(common.valid(case))
-    if case.kind == "biased":
-        options["attention_bias"] = jnp.asarray(common.bias(case))
 
-    def forward(weights, x):
-        return layer.stateless_call(weights, others, x, x, **options)[0]
+    def output(weights, tensors, training):
+        given = zip(layer.trainable_variables, weights, strict=True)
+        with keras.StatelessScope(state_mapping=given):
+            return call(*tensors, training=training)
 
-    def loss(weights, x):
-        output, _ = layer.stateless_call(
-            weights, others, x, x, training=True, **options
-        )
-        return output.sum()
+    def forward(weights, tensors):
+        return output(weights, tensors, False)
+
+    def loss(weights, tensors):
+        return output(weights, tensors, True).sum()
 
     gradients = jax.grad(loss, argnums=(0, 1))
-    if case.compiler == "eager":
-        return _ready(lambda x: call(x, False), x), _ready(gradients, weights, x)
-    return _ready(jax.jit(forward), weights, x), _ready(jax.jit(gradients), weights, x)
+    if compiler == "eager":
+        direct = _ready(lambda: call(*tensors, training=False))
+        return direct, _ready(gradients, weights, tensors)
+    return (
+        _ready(jax.jit(forward), weights, tensors),
+        _ready(jax.jit(gradients), weights, tensors),
+    )
 
 
 def _flax(case):

@@ -1,9 +1,16 @@
 """Contestants under TensorFlow: both Keras layers and a plain formula as function."""
 
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
 import tensorflow as tf
 
 from benchmarks.cases import Case
-from benchmarks.contestants import common
+from benchmarks.contestants import Contestant, common
+
+COMPILERS = {"eager": "eager", "compiled": "", "xla": "xla"}  # of the grid's programs
 
 
 def makers(case: Case) -> dict:
@@ -24,9 +31,9 @@ def _formula(query, key, value):
     return tf.einsum("bnts,bsnh->btnh", weights, value)
 
 
-def _contestant(forward, training, case):
-    if case.compiler != "eager":
-        xla = case.compiler == "xla"
+def _contestant(forward, training, compiler):
+    if compiler != "eager":
+        xla = compiler == "xla"
         forward = tf.function(forward, jit_compile=xla)
         training = tf.function(training, jit_compile=xla)
     return lambda: _done(forward()), lambda: _done(training())
@@ -39,29 +46,62 @@ def _done(tensors):
 
 
 def _function(function, case):
-    x = tf.cast(common.heads(case), case.dtype)
+    return of_function(function, [common.heads(case)] * 3, case.compiler, case.dtype)
+
+
+def of_function(
+    function: Callable,
+    arrays: list[np.ndarray],
+    compiler: str = "",
+    dtype: str = "float32",
+) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    constants = [tf.cast(array, dtype) for array in arrays]
 
     def training():
-        tensors = [tf.identity(x) for _ in range(3)]
+        tensors = [tf.identity(x) for x in constants]
         with tf.GradientTape() as tape:
             tape.watch(tensors)
             total = tf.reduce_sum(function(*tensors))
         return tape.gradient(total, tensors)
 
-    return _contestant(lambda: function(x, x, x), training, case)
+    return _contestant(lambda: function(*constants), training, compiler)
 
 
 def _layer(layer, call, case):
-    # A variable: of a constant the compiler might work the result out beforehand.
-    x = tf.Variable(tf.cast(common.inputs(case), case.dtype))
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
+
+
+def of_layer(
+    layer: keras.Layer,
+    call: Callable[..., Any],
+    arrays: list[np.ndarray],
+    compiler: str = "",
+    dtype: str = "float32",
+) -> Contestant:
+    """Makes a contestant of a layer.
+
+    Args:
+        layer: Built layer.
+        call: How it is called: `call(*tensors, training=...)`.
+        arrays: The inputs.
+        compiler: As a `Case` has it.
+        dtype: String, what the inputs are cast to.
+    """
+    # Variables: of a constant the compiler might work the result out beforehand.
+    inputs = [tf.Variable(tf.cast(array, dtype)) for array in arrays]
     weights = [variable.value for variable in layer.trainable_variables]
+
+    def output(training):
+        return call(*(tf.convert_to_tensor(x) for x in inputs), training=training)
 
     def training():
         with tf.GradientTape() as tape:
-            total = tf.reduce_sum(call(tf.convert_to_tensor(x), True))
-        return tape.gradient(total, [x, *weights])
+            total = tf.reduce_sum(output(True))
+        return tape.gradient(total, [*inputs, *weights])
 
-    return _contestant(lambda: call(tf.convert_to_tensor(x), False), training, case)
+    return _contestant(lambda: output(False), training, compiler)
 
 
 def decoding(layer, call, tokens, cache, program):

@@ -1,11 +1,17 @@
 """Contestants under PyTorch: both Keras layers, torch's layer and torch's function."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
+import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.cases import FEATURES, HEADS, RATE, Case
-from benchmarks.contestants import common
+from benchmarks.contestants import Contestant, common
+
+COMPILERS = {"eager": "", "compiled": "inductor"}  # of the grid's programs
 
 
 def makers(case: Case) -> dict:
@@ -52,19 +58,49 @@ def _done(tensor):
 def _tensor(array, dtype=None):
     """Puts numbers where Keras has its own, of the case's type if it is said."""
     dtype = dtype and getattr(torch, dtype)
-    return torch.as_tensor(array, dtype=dtype, device=keras.ops.zeros(()).device)
+    return torch.tensor(array, dtype=dtype, device=keras.ops.zeros(()).device)
 
 
 def _function(function, case):
-    x = _tensor(common.heads(case), case.dtype)
-    tensors = [x.clone().requires_grad_() for _ in range(3)]
+    return of_function(function, [common.heads(case)] * 3, dtype=case.dtype)
+
+
+def of_function(
+    function: Callable, arrays: list[np.ndarray], dtype: str = "float32"
+) -> Contestant:
+    """Makes a contestant of an attention function of query, key and value, which are
+    cast to `dtype`."""
+    tensors = [_tensor(array, dtype).requires_grad_() for array in arrays]
     return _contestant(lambda training: function(*tensors), tensors)
 
 
 def _layer(layer, call, case):
-    x = _tensor(common.inputs(case), case.dtype).requires_grad_()
-    parameters = [x, *layer.parameters()]
-    return _contestant(lambda training: call(x, training), parameters)
+    return of_layer(layer, call, [common.inputs(case)], case.compiler, case.dtype)
+
+
+def of_layer(
+    layer: keras.Layer,
+    call: Callable[..., Any],
+    arrays: list[np.ndarray],
+    compiler: str = "",
+    dtype: str = "float32",
+) -> Contestant:
+    """Makes a contestant of a layer.
+
+    Args:
+        layer: Built layer.
+        call: How it is called: `call(*tensors, training=...)`.
+        arrays: The inputs.
+        compiler: `"inductor"` for `torch.compile`, else none.
+        dtype: String, what the inputs are cast to.
+    """
+    tensors = [_tensor(array, dtype).requires_grad_() for array in arrays]
+    if compiler == "inductor":
+        call = torch.compile(call, dynamic=False)
+    return _contestant(
+        lambda training: call(*tensors, training=training),
+        [*tensors, *layer.parameters()],
+    )
 
 
 def _torch_nn(case):

@@ -8,7 +8,16 @@ import keras
 import pytest
 
 from benchmarks import __main__ as benchmark
-from benchmarks import cases, chinese, contestants, draw, readme, results, scale
+from benchmarks import (
+    cases,
+    chinese,
+    contestants,
+    draw,
+    readme,
+    results,
+    scale,
+    unfinished,
+)
 from benchmarks.cases import Case
 from tests.helpers import needs_window_of_keras
 
@@ -53,6 +62,7 @@ def test_of_a_gpu_what_is_trained_there_is_measured():
 
 def test_what_a_gpu_took_is_kept_apart_and_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setattr(unfinished, "PATH", tmp_path / "unfinished.json")
     case = Case("causal", 2048, batch=8, dtype="bfloat16")
     alone = Case("biased", 2048, batch=8, dtype="bfloat16")
     times = {"keras": {"median": 0.003}, "keras_mha": {"median": 0.002}}
@@ -65,7 +75,7 @@ def test_what_a_gpu_took_is_kept_apart_and_shown(monkeypatch, tmp_path, capsys):
             {"case": alone.config, "times": {"forward": ours, "training": ours}},
         ],
     }
-    monkeypatch.setattr(benchmark, "_lines", lambda _, what, *names: lines[what])
+    monkeypatch.setattr(benchmark, "lines", lambda _, module, what, *names: lines[what])
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--backend", BACKEND])
     for module in (benchmark.draw, benchmark.readme):
         for name in ("all_pictures", "write"):
