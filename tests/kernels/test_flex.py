@@ -467,7 +467,7 @@ def of_blocks(mask, rows, columns):
         ~masks.Causal(),
         masks.Causal() & Dilated(),
     ],
-    ids=str,
+    ids=("causal", "window", "prefix", "after", "dilated"),
 )
 def test_blocks_hold_all_that_is_allowed_and_what_is_full_is_allowed(mask, columns):
     rows = 517
