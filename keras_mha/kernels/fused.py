@@ -38,12 +38,6 @@ def choose(call: AttentionCall) -> tuple[str | None, str]:
     return _KERNEL.choose(call)
 
 
-def refusal(call: AttentionCall) -> str | None:
-    """Returns why no fused kernel can run this call, or `None` if one can."""
-    name, why = choose(call)
-    return why if name is None else None
-
-
 def refusal_of_parts(call: AttentionCall) -> str | None:
     """Returns why the fused kernel cannot run this call where each process has a part
     of the sequences (`backends.splits_sequences`), or `None` if it can."""

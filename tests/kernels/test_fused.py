@@ -204,9 +204,12 @@ def a_call(**options):
 
 @only_jax
 def test_on_a_cpu_jax_has_no_fused_kernel():
-    assert "but on NVIDIA's GPUs and on TPUs" in fused.refusal(a_call())
+    name, why = fused.choose(a_call())
+    assert name is None
+    assert "but on NVIDIA's GPUs and on TPUs" in why
 
 
 @only_tensorflow
 def test_tensorflow_ships_none():
-    assert fused.refusal(a_call()) == "no fused kernel on the tensorflow backend"
+    why = "no fused kernel on the tensorflow backend"
+    assert fused.choose(a_call()) == (None, why)

@@ -287,12 +287,11 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_visits_are_of_the_blocks_that_hold_allowed_pairs(name):
     from keras_mha.kernels.jax_kernels import splash_blocks, splash_masks
+    from keras_mha.kernels.jax_kernels.layout import multiple
 
     mask, booleans = FUNCTIONS[name]
     cut = splash_blocks.Blocks(128, 256)
-    shape = [
-        splash_blocks.round_up(n, size) for n, size in zip((T, S), cut, strict=True)
-    ]
+    shape = [multiple(size, n) for n, size in zip((T, S), cut, strict=True)]
     padded = np.zeros(shape, bool)
     padded[:T, :S] = booleans
     wanted = padded.reshape(shape[0] // 128, 128, -1, 256).any((1, 3))

@@ -19,7 +19,8 @@ class Program(NamedTuple):
     is_kept: bool = False
 
 
-_program: ContextVar[Program] = ContextVar("program", default=Program())  # noqa: B039
+_TRACED = Program()
+_program: ContextVar[Program] = ContextVar("program", default=_TRACED)
 
 
 @contextlib.contextmanager

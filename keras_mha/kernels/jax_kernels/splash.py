@@ -24,6 +24,7 @@ from keras_mha.kernels.jax_kernels import (
     splash_masks,
     splash_sharding,
 )
+from keras_mha.kernels.jax_kernels.layout import gradient_of_sink
 from keras_mha.kernels.jax_kernels.splash_kernel import Plan, Tensors
 from keras_mha.kernels.masking import LOWEST
 from keras_mha.kernels.parts import join_tensors
@@ -102,6 +103,10 @@ def backward(
 ) -> dict[str, Tensor]:
     """Returns gradients; arguments and results are those of `blockwise.backward`."""
     plan, given = _prepared(problem, tensors)
+    found = {}
+    if "sink" in problem.differentiable:
+        sink = tensors["sink"]
+        found["sink"] = gradient_of_sink(sink, output, lse, d_output).astype(sink.dtype)
     output, lse, d_output = map(_rows_first, (output, lse, d_output))
     lse = lse[..., 0]
     # What the softmax takes from every logit's gradient, one number a row.
@@ -113,7 +118,6 @@ def backward(
         _padded(d_output, missing, given.value.shape[3]),
         jnp.pad(share, rows),
     )
-    found = {}
     without_sink = given._replace(sink=None)
     if "query" in problem.differentiable:
         d_query = splash_kernel.backward_query(plan, without_sink, *kept)
@@ -125,11 +129,6 @@ def backward(
         for name, gradient in zip(("key", "value"), both, strict=True):
             gradient = gradient[:, :, : plan.columns, : tensors[name].shape[2]]
             found[name] = jnp.swapaxes(gradient, 2, 3)
-    if "sink" in problem.differentiable:
-        weights = jnp.exp(given.sink[:, None] - lse)
-        gradient = -(weights * share).sum((0, 2))
-        sink = tensors["sink"]
-        found["sink"] = gradient.reshape(sink.shape).astype(sink.dtype)
     return {name: found[name] for name in problem.differentiable}
 
 

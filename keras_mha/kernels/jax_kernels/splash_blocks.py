@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from keras_mha.kernels.jax_kernels.layout import multiple
 from keras_mha.kernels.jax_kernels.splash_masks import PositionFunction
 from keras_mha.masks import Tile
 
@@ -40,18 +41,13 @@ def blocks(rows: int, columns: int, width: int) -> Blocks:
 
 def _block(length, most):
     # As even as they can be: what the last one lacks is computed too.
-    return round_up(math.ceil(length / math.ceil(length / most)), LANES)
+    return multiple(LANES, math.ceil(length / math.ceil(length / most)))
 
 
 def padded_width(width: int) -> int:
     """Returns how many features the kernel is given for heads of a width."""
     # It takes any, but others than these (64, 128, 192 ...) are hardly ever used.
-    return round_up(width, LANES // 2)
-
-
-def round_up(length: int, factor: int) -> int:
-    """Returns the smallest multiple that is no less."""
-    return math.ceil(length / factor) * factor
+    return multiple(LANES // 2, width)
 
 
 class Visits(NamedTuple):
@@ -133,7 +129,7 @@ def _without_empty(function, seen, mixed, rows, columns, cut):
 @partial(jax.jit, static_argnums=(0, 2, 3, 4))
 def _any_seen(function: Any, start: Any, rows: int, columns: int, cut: Blocks) -> Any:
     """Returns booleans, `(column blocks,)`, for the row of blocks from `start` on."""
-    shape = cut.rows, round_up(columns, cut.columns)
+    shape = cut.rows, multiple(cut.columns, columns)
     row = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     allowed = function(row, column) & (row < rows) & (column < columns)

@@ -17,6 +17,7 @@ import numpy as np
 
 from keras_mha._keras import Tensor
 from keras_mha.kernels.jax_kernels import splash_blocks, splash_sharding
+from keras_mha.kernels.jax_kernels.layout import multiple
 from keras_mha.kernels.jax_kernels.splash_masks import PositionFunction
 
 _interpret: ContextVar[bool] = ContextVar("interpret", default=False)
@@ -111,7 +112,7 @@ class Plan(NamedTuple):
                 self.function, self.rows, self.columns, self.cut
             )
             found["block_mask"], found["data_next"] = getattr(visits, direction)
-            rows = splash_blocks.round_up(self.rows, self.cut.rows)
+            rows = multiple(self.cut.rows, self.rows)
             found["q_sequence"] = np.arange(rows, dtype=np.int32)
         return _jax_kernel().mask_info_lib.MaskInfo(**found)
 
