@@ -38,7 +38,9 @@ def positive_integer(name: str, value: Any) -> int:
 
 def boolean(name: str, value: Any) -> bool:
     """Returns `value` as a bool, or raises; 0 and 1 pass, as they do in Keras."""
-    if isinstance(value, bool | np.bool_ | int) and value in (0, 1):
+    if value is True or value is False:
+        return value
+    if isinstance(value, np.bool_ | int) and value in (0, 1):
         return bool(value)
     raise TypeError(
         f"`{name}` must be True or False. "
@@ -48,7 +50,10 @@ def boolean(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any) -> float:
     """Returns `value` as a finite float, or raises."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+    is_real = type(value) is float or (
+        isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+    )
+    if not is_real:
         raise TypeError(
             f"`{name}` must be a number. "
             f"Received: {name}={value!r} (of type {type(value).__name__})"

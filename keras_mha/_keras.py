@@ -48,9 +48,16 @@ def is_symbolic(x: object) -> bool:
     return isinstance(x, keras.KerasTensor)
 
 
+_dtype_names: dict[Any, str] = {}  # that Keras has told: it looks at each dtype anew
+
+
 def dtype_name(x: Tensor) -> str:
     """Returns the dtype of `x` as Keras spells it, such as `"float32"`."""
-    return keras.backend.standardize_dtype(x.dtype)
+    dtype = x.dtype
+    name = _dtype_names.get(dtype)
+    if name is None:
+        name = _dtype_names[dtype] = keras.backend.standardize_dtype(dtype)
+    return name
 
 
 def is_float(x: Tensor) -> bool:
@@ -185,6 +192,15 @@ def note_shared(layer: keras.layers.Layer) -> None:
     get_global_attribute(_NOTED).setdefault(id(layer), {})
 
 
+def is_called_otherwise(layer: keras.layers.Layer) -> bool:
+    """Whether a call of a layer does more than its class's `call`: computes again for
+    its gradient (`keras.RematScope`), shares its output out over devices, or runs what
+    has been put in the place of `call`."""
+    is_rematerialized = getattr(layer, "_remat_mode", None) is not None
+    is_shared_out = keras.distribution.distribution() is not None
+    return is_rematerialized or is_shared_out or "call" in vars(layer)
+
+
 def is_called_by_itself(layer: keras.layers.Layer) -> bool:
     """Whether a layer is part of a Functional model's graph, itself."""
     return bool(layer._inbound_nodes)
@@ -265,6 +281,7 @@ __all__ = [
     "hold_value",
     "in_symbolic_scope",
     "is_called_by_itself",
+    "is_called_otherwise",
     "is_float",
     "is_in_sharing_scope",
     "is_integer",

@@ -5,6 +5,8 @@ and the shapes that follow are worked out. What comes after asks a `Call`, and c
 nothing again.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ from keras_mha.layers.coordinates import (
 )
 from keras_mha.layers.position_ids import checked_position_ids
 from keras_mha.masks import Mask, as_booleans
+from keras_mha.ops.tensors import is_computed_now
 
 
 @dataclass(eq=False)
@@ -62,7 +65,9 @@ class Call:
     def read(self, layer: Any) -> "Call":
         """Checks the call against a layer, and returns it."""
         for name in _MAY_BE_LISTS:
-            setattr(self, name, from_list(getattr(self, name)))
+            given = getattr(self, name)
+            if given is not None:
+                setattr(self, name, from_list(given))
         if self.query_mask is None:
             # Keras fills masks in by itself only when there are several inputs.
             self.query_mask = get_keras_mask(self.query)
@@ -71,17 +76,15 @@ class Call:
         if self.cache is not None:
             self._check_cache(layer)
         self.axes = layer._axes_of(self.query)
-        shapes = self._checked_shapes(layer)
-        self.keys_shape = self._keys_shape(layer._sliding_window)
-        self.scores_shape = self.axes.scores_shape(
-            self.query.shape, self.keys_shape, layer.num_heads
-        )
-        input_checks.check_masks(self.axes, shapes, self.scores_shape, vars(self))
+        shapes = self._read_shapes(layer)
+        if any(getattr(self, name) is not None for name in _MASKS):
+            input_checks.check_masks(self.axes, shapes, self.scores_shape, vars(self))
         if self.segment_ids is not None:
             self.segment_ids = input_checks.checked_segment_ids(
                 self.segment_ids, shapes["query"], shapes["value"]
             )
-        self._read_position_ids(layer.position, layer._position_axes)
+        if self.position_ids is not None or layer._position_axes > 1:
+            self._read_position_ids(layer.position, layer._position_axes)
         if layer._flash_attention and self.return_attention_scores:
             raise ValueError(
                 "`return_attention_scores=True` needs all scores in memory, which "
@@ -100,6 +103,25 @@ class Call:
             takes_ids=layer._rotates and not layer._rotates_later,
         )
         self.has_memory = kv_cache.is_memory(self.cache)
+
+    def _read_shapes(self, layer):
+        """Checks the inputs, works out what follows from their shapes, and returns the
+        shapes of those that take part."""
+        work_out = functools.partial(self._work_out_shapes, layer)
+        if self.cache is None and layer.built and is_computed_now(self.query):
+            inputs = self.query, self.value, self.key
+            shapes, *others = layer._remembered.of(inputs, work_out)
+        else:
+            shapes, *others = work_out()
+        self.keys_shape, self.scores_shape = others
+        return shapes
+
+    def _work_out_shapes(self, layer):
+        shapes = self._checked_shapes(layer)
+        keys_shape = self._keys_shape(layer._sliding_window)
+        query_shape, heads = self.query.shape, layer.num_heads
+        scores_shape = self.axes.scores_shape(query_shape, keys_shape, heads)
+        return shapes, keys_shape, scores_shape
 
     def _checked_shapes(self, layer):
         """Checks the inputs and returns the shapes of those that take part."""
@@ -148,12 +170,14 @@ class Call:
 
     def fill(self, dtype: str) -> "Call":
         """Casts inputs and masks, fills in what is left out, and returns the call."""
-        self.query, self.value, self.key = (
-            x if x is None or is_float(x) else ops.cast(x, dtype)
-            for x in (self.query, self.value, self.key)
-        )
+        for name in ("query", "value", "key"):
+            x = getattr(self, name)
+            if x is not None and not is_float(x):
+                setattr(self, name, ops.cast(x, dtype))
         for name in ("query_mask", "value_mask", "key_mask"):
-            setattr(self, name, as_booleans(name, getattr(self, name)))
+            mask = getattr(self, name)
+            if mask is not None:
+                setattr(self, name, as_booleans(name, mask))
         if self.value is None:
             self.value = self.query
             if self.value_mask is None:
@@ -168,15 +192,32 @@ class Call:
         return self.query_mask, self.value_mask, self.key_mask
 
 
-_MAY_BE_LISTS = (
-    "query_mask",
-    "value_mask",
-    "key_mask",
-    "attention_mask",
-    "segment_ids",
-    "position_ids",
-    "attention_bias",
-)
+# What `input_checks.check_masks` looks at.
+_MASKS = ("query_mask", "value_mask", "key_mask", "attention_mask", "attention_bias")
+_MAY_BE_LISTS = (*_MASKS, "segment_ids", "position_ids")
+
+
+class Remembered:
+    """What was worked out of inputs before, by their shapes and dtypes.
+
+    What was right once is right again, and to check it eagerly in every call would take
+    longer than to attend in a short sequence.
+    """
+
+    MOST = 1000
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, Any] = {}
+
+    def of(self, inputs: tuple, work_out: Callable[[], Any]) -> Any:
+        """Returns what `work_out` returned for such inputs before, or else does."""
+        kinds = tuple([None if x is None else (x.shape, x.dtype) for x in inputs])
+        found = self._known.get(kinds)
+        if found is None:
+            if len(self._known) >= self.MOST:
+                self._known.clear()
+            found = self._known[kinds] = work_out()
+        return found
 
 
 def from_list(x: Any) -> Any:

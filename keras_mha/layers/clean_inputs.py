@@ -28,6 +28,8 @@ def clean(call: Call, keep_finite: bool) -> Good | None:
     Returns:
         What `spoilt` needs where a query may see a token that was not finite.
     """
+    if _hides_nothing(call):
+        return None
     inputs = Inputs(call.query, call.value, call.key)
     visible = _visible_keys(call)
     cleaned = inputs.zero_unless(call.query_mask, visible, keep_finite)
@@ -36,6 +38,13 @@ def clean(call: Call, keep_finite: bool) -> Good | None:
         cleaned = cleaned.zero_unless(*good, keep_finite=False)
     call.query, call.value, call.key = cleaned
     return good
+
+
+def _hides_nothing(call):
+    """Whether nothing is given by which a token could be padding."""
+    has_objects = isinstance(call.attention_mask, Mask)
+    hides = has_objects or call.segment_ids is not None or call.cache is not None
+    return not hides and call.masks == (None, None, None)
 
 
 def _visible_keys(call):

@@ -21,7 +21,7 @@ from keras_mha._keras import (
 )
 from keras_mha.layers import cache as kv_cache
 from keras_mha.layers import input_checks, memory_key_values, options, recording
-from keras_mha.layers.arguments import Call, filled
+from keras_mha.layers.arguments import Call, Remembered, filled
 from keras_mha.layers.axes import AttentionAxes, checked_attention_axes
 from keras_mha.layers.building import building
 from keras_mha.layers.cache import Cache
@@ -35,7 +35,7 @@ from keras_mha.layers.operands import Operands, operands_of
 from keras_mha.layers.own_weights import add_own_weights
 from keras_mha.layers.own_weights import arguments_of as own_arguments
 from keras_mha.layers.position_bias import PositionBias
-from keras_mha.layers.projections import add_projections, quantized_dtype
+from keras_mha.layers.projections import add_projections, projected, quantized_dtype
 from keras_mha.layers.rotary_embedding import RotaryEmbedding
 from keras_mha.layers.sharing import copy_in_place
 from keras_mha.layers.training import as_trained, rematerializable
@@ -378,6 +378,7 @@ class MultiHeadAttention(keras.layers.Layer):
         )
         input_checks.check_build_shapes(query_shape, value_shape, key_shape)
         self._axes = AttentionAxes(len(query_shape), self._attention_axes)
+        self._remembered = Remembered()
         input_checks.check_input_shapes(self._axes, query_shape, value_shape, key_shape)
         if self.position is not None:
             input_checks.check_position_axes(self.position, self._axes.attended)
@@ -465,8 +466,9 @@ class MultiHeadAttention(keras.layers.Layer):
         heads, scores = self._attend(call, operands, mask)
         heads = call.axes.unfold(heads, like=call.query)
         if self._use_gate:
-            heads = heads * self._gate_dense(call.query)
-        return self.output_dense(heads), scores, mask, operands.cache
+            heads = heads * projected(self._gate_dense, call.query)
+        output = projected(self.output_dense, heads)
+        return output, scores, mask, operands.cache
 
     def _attend(self, call: Call, operands: Operands, mask: Mask | None):
         """Lets every head attend; returns heads `(B', T, N, V)` and scores or None."""

@@ -1,13 +1,22 @@
 """The layer's projections, sublayers of the names and shapes that Keras's layer has."""
 
+import functools
 import string
 from typing import Any
 
 import keras
+from keras import ops
 
-from keras_mha._keras import Shape, Tensor, kernel_variable
+from keras_mha._keras import (
+    Shape,
+    Tensor,
+    dtype_name,
+    is_called_otherwise,
+    kernel_variable,
+)
 from keras_mha.layers import input_checks
 from keras_mha.layers.normalization import normalize_heads
+from keras_mha.ops.tensors import is_called_plainly, is_computed_now, multiplied
 
 
 def add_projections(
@@ -86,9 +95,53 @@ def copy_of(initializer: keras.initializers.Initializer) -> Any:
     return initializer.__class__.from_config(initializer.get_config())
 
 
+def projected(dense: keras.Layer, x: Tensor) -> Tensor:
+    """Returns `dense(x)`.
+
+    Keras takes as long to call a layer as a short sequence to be multiplied. Where a
+    projection is a product and nothing more, and computed now, it is only computed.
+    """
+    axes = _summed_axes(dense, x) if is_computed_now(x) else None
+    if axes is None:
+        return dense(x)
+    bias = None if dense.bias is None else ops.convert_to_tensor(dense.bias)
+    y = multiplied(x, ops.convert_to_tensor(dense.kernel), bias, axes)
+    is_linear = dense.activation in (None, keras.activations.linear)
+    return y if is_linear else dense.activation(y)
+
+
+def _summed_axes(dense, x):
+    """Returns over how many axes a layer that is a product sums; `None` where a call of
+    it is more, or may be."""
+    is_plain = (
+        type(dense) is keras.layers.EinsumDense
+        and dense.quantization_mode is None
+        and dense.activity_regularizer is None
+        and dense.compute_dtype == dtype_name(x)
+        and not is_called_otherwise(dense)
+        and is_called_plainly(dense)
+    )
+    return _axes_of_product(dense.equation, dense.bias_axes) if is_plain else None
+
+
+@functools.cache
+def _axes_of_product(equation, bias_axes):
+    """Returns how many axes `(*lead, *summed)` and `(*summed, *out)` are summed over;
+    `None` if the equation is of another kind."""
+    inputs, output = equation.split("->")
+    x, kernel = inputs.split(",")
+    for axes in range(1, len(kernel)):
+        lead, summed = x[:-axes], x[-axes:]
+        out = kernel[axes:]
+        if kernel == summed + out and output == lead + out:
+            return axes if bias_axes in (None, out) else None
+    return None
+
+
 def query_heads(layer: Any, query: Tensor) -> Tensor:
     """Returns a query as normalised heads, `(B', T, N, H)`."""
-    heads = normalized(layer, layer.query_dense(query), layer.query_norm_scale)
+    heads = projected(layer.query_dense, query)
+    heads = normalized(layer, heads, layer.query_norm_scale)
     return layer._axes.fold(heads)
 
 
@@ -97,13 +150,13 @@ def key_heads(layer: Any, key: Tensor) -> Tensor:
     if layer.num_key_value_heads < layer.num_heads:
         kernel = kernel_variable(layer.key_dense).value
         input_checks.check_shared_heads(kernel, layer.num_key_value_heads)
-    heads = normalized(layer, layer.key_dense(key), layer.key_norm_scale)
+    heads = normalized(layer, projected(layer.key_dense, key), layer.key_norm_scale)
     return layer._axes.fold(heads)
 
 
 def value_heads(layer: Any, value: Tensor) -> Tensor:
     """Returns a value as heads, `(B', S, K, V)`."""
-    return layer._axes.fold(layer.value_dense(value))
+    return layer._axes.fold(projected(layer.value_dense, value))
 
 
 def normalized(layer: Any, heads: Tensor, scale: Tensor | None) -> Tensor:

@@ -21,6 +21,7 @@ from keras_mha.masks.kinds import (
     SlidingWindow,
     Where,
 )
+from keras_mha.masks.kinds import hidden_rows_apart as hidden_rows_apart
 from keras_mha.masks.kinds import is_alike_for_all_rows as is_alike_for_all_rows
 from keras_mha.masks.kinds import is_plain_causal as is_plain_causal
 from keras_mha.masks.mask import And, Dense, Mask, Not, Or

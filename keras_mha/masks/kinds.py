@@ -13,7 +13,16 @@ from keras_mha.masks.fields import (
     check_vector,
     hold_tensor,
 )
-from keras_mha.masks.mask import And, Mask, Not, Or, mask_dataclass, serializable
+from keras_mha.masks.mask import (
+    And,
+    Dense,
+    Mask,
+    Not,
+    Or,
+    intersect,
+    mask_dataclass,
+    serializable,
+)
 from keras_mha.masks.tile import Tile, with_axes
 
 
@@ -218,7 +227,27 @@ def is_alike_for_all_rows(mask: Mask) -> bool:
         return is_alike_for_all_rows(mask.left) and is_alike_for_all_rows(mask.right)
     if type(mask) is Not:
         return is_alike_for_all_rows(mask.mask)
+    if type(mask) is Dense:
+        return mask.values.shape[-2] == 1
     return type(mask) in (Padding, Prefix)
+
+
+def hidden_rows_apart(mask: Mask | None) -> tuple[list[Dense], Mask | None]:
+    """Parts a mask from what hides queries, each from all keys alike.
+
+    Args:
+        mask: A mask; `None` allows all.
+
+    Returns:
+        Masks of one column, all of which must show a query for it to see anything, and
+        the rest; `None` if there is none.
+    """
+    if type(mask) is And:
+        left, right = hidden_rows_apart(mask.left), hidden_rows_apart(mask.right)
+        return left[0] + right[0], intersect(left[1], right[1])
+    if type(mask) is Dense and mask.values.shape[-1] == 1:
+        return [mask], None
+    return [], mask
 
 
 def _spread(value: int | Tensor, tile: Tile) -> int | Tensor:

@@ -50,15 +50,19 @@ def checked_call(
         query,
         key,
         value,
-        mask=_as_mask(mask),
+        mask=None if mask is None else _as_mask(mask),
         bias=None if bias is None else _as_bias(bias),
-        position_bias=_checked_position_bias(position_bias),
+        position_bias=None
+        if position_bias is None
+        else _checked_position_bias(position_bias),
         scale=_checks.number("scale", scale),
         logit_soft_cap=None
         if logit_soft_cap is None
         else _checks.positive_number("logit_soft_cap", logit_soft_cap),
         sink=None if sink is None else _as_sink(sink, query.shape[2]),
-        talking_heads=_as_talking_heads(talking_heads, query.shape[2]),
+        talking_heads=(None, None)
+        if talking_heads is None
+        else _as_talking_heads(talking_heads, query.shape[2]),
         dropout=_checks.dropout_rate("dropout", dropout),
         seed=seed,
         return_scores=_checks.boolean("return_scores", return_scores),
@@ -69,7 +73,8 @@ def checked_call(
             "`return_lse` must be False with `talking_heads` after softmax, whose rows "
             "have no sum of their own. Received: return_lse=True"
         )
-    _check_seed(seed)
+    if seed is not None:
+        _check_seed(seed)
     if isinstance(call.mask, masks.Mask):
         call.mask.check(call.scores_shape)
     elif call.mask is not None:
@@ -86,8 +91,8 @@ def checked_call(
     return call
 
 
-def _checked_position_bias(bias: Any) -> Bias | None:
-    if bias is None or isinstance(bias, Bias):
+def _checked_position_bias(bias: Any) -> Bias:
+    if isinstance(bias, Bias):
         return bias
     raise TypeError(
         "`position_bias` must be a bias object, such as `keras_mha.ALiBi(8).bias()`; a "
@@ -123,9 +128,9 @@ def as_float_tensors(*inputs: Any) -> list[Tensor]:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    problem = _shape_problem(**shapes)
+    problem = _shape_problem(query.shape, key.shape, value.shape)
     if problem is not None:
+        shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
         received = ", ".join(
             f"{name} of shape {tuple(s)}" for name, s in shapes.items()
         )
@@ -133,14 +138,15 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _shape_problem(query: Shape, key: Shape, value: Shape) -> str | None:
-    for name, shape in (("query", query), ("key", key), ("value", value)):
-        if len(shape) != 4:
-            return f"`{name}` must have the shape (B, length, N, width)."
+    if not len(query) == len(key) == len(value) == 4:
+        shapes = {"query": query, "key": key, "value": value}
+        name = next(name for name, shape in shapes.items() if len(shape) != 4)
+        return f"`{name}` must have the shape (B, length, N, width)."
     (qb, _, qn, qh), (kb, ks, kn, kh), (vb, vs, vn, _) = query, key, value
     same = _checks.same
-    if not (same(qb, kb) and same(qb, vb) and same(kb, vb)):
+    if not qb == kb == vb and not (same(qb, kb) and same(qb, vb) and same(kb, vb)):
         return "`query`, `key` and `value` must have the same batch size."
-    if not same(ks, vs):
+    if ks != vs and not same(ks, vs):
         return "`key` and `value` must have the same length."
     if kn != vn:
         return "`key` and `value` must have the same number of heads."
@@ -161,8 +167,8 @@ def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _as_mask(mask: Any) -> Any:
-    """Returns a Mask or None; a placeholder of a Functional model stays as it is."""
-    if mask is None or is_symbolic(mask):
+    """Returns a Mask; a placeholder of a Functional model stays as it is."""
+    if is_symbolic(mask):
         return mask
     tensor = None if isinstance(mask, masks.Mask) else as_tensor(mask)
     return masks.as_mask(
@@ -198,8 +204,6 @@ def _as_sink(sink: Any, heads: int) -> Tensor:
 
 def _as_talking_heads(pair: Any, heads: int) -> tuple[Tensor | None, Tensor | None]:
     """Returns the two matrices that heads are mixed by."""
-    if pair is None:
-        return None, None
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise TypeError(
             "`talking_heads` must be a pair of matrices (or None), one for before and "
@@ -219,7 +223,7 @@ def _as_talking_heads(pair: Any, heads: int) -> tuple[Tensor | None, Tensor | No
 
 
 def _check_seed(seed: Any) -> None:
-    if seed is None or isinstance(seed, SeedGenerator | DrawnSeed | SeedOfHeads):
+    if isinstance(seed, SeedGenerator | DrawnSeed | SeedOfHeads):
         return
     if not 0 <= _checks.integer("seed", seed) < 2**32:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Received: seed={seed}")

@@ -296,8 +296,7 @@ def _attend(query, key, value, *, implementation, position_bias=None, **argument
 
 @backends.as_written
 def attend_without_padding(query, key, value, *, implementation, **arguments):
-    """Attends as `dot_product_attention` does, of numbers in which padding is zero."""
-    query, key, value = as_float_tensors(query, key, value)
+    """Attends as `dot_product_attention` does, of tensors in which padding is zero."""
     with without_autocast():
         call = checked_call(query, key, value, **arguments)
         results = _asked_for(planner.plan(call, implementation).kernel(call))

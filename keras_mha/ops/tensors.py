@@ -27,6 +27,32 @@ def is_read_by_compiler() -> bool:
     return backends.current().is_read_by_compiler()
 
 
+def is_computed_now(x: Tensor) -> bool:
+    """Whether operations on a tensor are run one by one as Python comes to them, and
+    no program is being written."""
+    return backends.current().is_computed_now(x)
+
+
+def is_called_plainly(layer: Any) -> bool:
+    """Whether nobody has asked the backend to watch, or change, calls of a layer."""
+    return backends.current().is_called_plainly(layer)
+
+
+def multiplied(x: Tensor, kernel: Tensor, bias: Tensor | None, axes: int) -> Tensor:
+    """Returns `x . kernel + bias`, summed over some axes.
+
+    Args:
+        x: Shape `(*lead, *summed)`.
+        kernel: Shape `(*summed, *out)`, of the same dtype.
+        bias: Shape `out`; `None` for none.
+        axes: How many axes are summed over.
+
+    Returns:
+        Shape `(*lead, *out)`.
+    """
+    return backends.current().multiplied(x, kernel, bias, axes)
+
+
 def constant(numbers: Any, dtype: str | None = None) -> Tensor:
     """Returns numbers that are known beforehand, of an array or a tuple, as a tensor,
     in a way that every compiler can read."""

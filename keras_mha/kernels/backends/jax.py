@@ -122,6 +122,22 @@ def product(equation: str, x: Any, y: Any) -> Any:
     return _product(equation, x, y)
 
 
+def is_computed_now(x: Any) -> bool:
+    """Whether operations on a tensor run as Python comes to them."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def is_called_plainly(layer: Any) -> bool:
+    """Whether nobody watches, or changes, the calls of a layer."""
+    return True  # with torch's modules some can
+
+
+def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
+    """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
+    y = jnp.tensordot(x, kernel, axes)
+    return y if bias is None else y + bias
+
+
 def row_max(x: Any) -> Any:
     """Returns the largest number along the last axis."""
     return x.max(-1)

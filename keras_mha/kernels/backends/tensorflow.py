@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,27 @@ def product(equation: str, x: Any, y: Any) -> Any:
     each number was rounded to the half type)."""
     products = ops.einsum(equation, x, y)
     return ops.cast(products, "float32") if x.dtype.size == 2 else products
+
+
+def is_computed_now(x: Any) -> bool:
+    """Whether operations on a tensor run as Python comes to them."""
+    return tf.executing_eagerly()
+
+
+def is_called_plainly(layer: Any) -> bool:
+    """Whether nobody watches, or changes, the calls of a layer."""
+    return True  # with torch's modules some can
+
+
+def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
+    """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
+    shape = (*x.shape[: len(x.shape) - axes], *kernel.shape[axes:])
+    width = math.prod(kernel.shape[:axes])
+    kernel = tf.reshape(kernel, (width, math.prod(kernel.shape[axes:])))
+    y = tf.matmul(tf.reshape(x, (-1, width)), kernel)
+    if bias is not None:
+        y = tf.nn.bias_add(y, tf.reshape(bias, (-1,)))
+    return tf.reshape(y, shape)
 
 
 def row_max(x: Any) -> Any:

@@ -119,6 +119,32 @@ def product(equation: str, x: Any, y: Any) -> Any:
     return ops.cast(products, "float32") if x.dtype.itemsize == 2 else products
 
 
+def is_computed_now(x: Any) -> bool:
+    """Whether operations on a tensor run as Python comes to them."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def is_called_plainly(layer: Any) -> bool:
+    """Whether nobody watches, or changes, the calls of a layer, which is a module."""
+    own = (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+    )
+    return not (own or torch.nn.modules.module._has_any_global_hook())
+
+
+def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
+    """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
+    shape = (*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+    kernel = kernel.flatten(0, axes - 1).flatten(1)
+    x = x.reshape(-1, kernel.shape[0])
+    if bias is None:
+        return torch.mm(x, kernel).reshape(shape)
+    return torch.addmm(bias.flatten(), x, kernel).reshape(shape)
+
+
 def row_max(x: Any) -> Any:
     """Returns the largest number along the last axis."""
     return x.amax(-1)

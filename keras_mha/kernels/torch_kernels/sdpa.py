@@ -6,7 +6,9 @@ keys from the first to the last that any of them may see and a mask of this size
 (Learned keys, which all see, are put beside these.)
 """
 
+import functools
 import itertools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +24,15 @@ from keras_mha.kernels.backends.torch_differentiable import (
 from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.dropout import DrawnSeed, OfPart, SeedOfHeads, seed_of
-from keras_mha.kernels.masking import allowed_pairs, bias_block
+from keras_mha.kernels.masking import allowed_pairs, bias_block, whole
 from keras_mha.kernels.parts import join_tensors, split_tensors
 from keras_mha.kernels.torch_kernels.seeded import is_held, number_of, seeded
-from keras_mha.masks import Tile, is_alike_for_all_rows, is_plain_causal
+from keras_mha.masks import (
+    Tile,
+    hidden_rows_apart,
+    is_alike_for_all_rows,
+    is_plain_causal,
+)
 from keras_mha.memory_columns import MaskBesideMemory
 
 # Rows of a slice. Measured on a CPU: with fewer the calls cost more, with more the keys
@@ -102,6 +109,17 @@ def refusal_of_parts(call: AttentionCall) -> str | None:
 
 def attend(call: AttentionCall) -> Tensor:
     """Returns the output, shape `(B, T, N, V)`."""
+    # Rows that see nothing are as cheap computed as not, and a mask of T x S numbers,
+    # which they alone would need, is not.
+    hidden, mask = hidden_rows_apart(call.mask)
+    if not hidden:
+        return _attend(call)
+    output = _attend(replace(call, mask=mask))
+    seen = [part.block(whole(call)).transpose(1, 2) for part in hidden]
+    return torch.where(functools.reduce(torch.logical_and, seen), output, 0.0)
+
+
+def _attend(call):
     dtype = _dtype(call)
     query, key, value = (
         x.to(dtype).transpose(1, 2) for x in (call.query, call.key, call.value)
@@ -260,6 +278,8 @@ def _torch_mask(call, part):
         return None if bias is None else bias.to(_dtype(call)), None
     seen = allowed.any(dim=-1, keepdim=True)
     if bias is None:
+        if _are_all(seen):
+            return allowed, None
         return allowed | ~seen, seen
     dtype = _dtype(call)
     if call.bias is not None:
@@ -269,6 +289,14 @@ def _torch_mask(call, part):
     bias = bias.to(dtype)
     hidden = torch.where(seen, -torch.inf, 0.0).to(dtype)
     return torch.where(allowed, bias, hidden), seen
+
+
+def _are_all(seen):
+    """Whether all are known to be `True`, where that costs nothing to know."""
+    is_number = type(seen) is torch.Tensor and seen.device.type == "cpu"
+    if not is_number or torch.compiler.is_compiling() or is_exporting():
+        return False
+    return not takes_formula() and bool(seen.all())
 
 
 def _attend_slices(call, query, key, value, number):
