@@ -78,7 +78,8 @@ class WithOtherOutput(keras_mha.MultiHeadAttention):
 
     def build(self, *shapes):
         super().build(*shapes)
-        self.output_dense = self.output(self.output_dense)
+        self.replaced, self.output_dense = self.output_dense, None
+        self.output_dense = self.output(self.replaced)
 
 
 def doubled(old):
@@ -102,10 +103,11 @@ def test_another_output_projection_is_called(output, factor):
     other = type("Other", (WithOtherOutput,), {"output": staticmethod(output)})(2, 4)
     layer, x = built(), random(2, 5, 8)
     other.build((2, 5, 8))
-    weights = layer.get_weights()
-    if output is of_transposed_kernel:
-        weights[-2] = np.transpose(weights[-2], (2, 0, 1))
-    other.set_weights(weights)
+    for name in LAYERS:
+        weights = getattr(layer, name).get_weights()
+        if name == "output_dense" and output is of_transposed_kernel:
+            weights[0] = np.transpose(weights[0], (2, 0, 1))
+        getattr(other, name).set_weights(weights)
     expected = factor * to_numpy(layer(x))
     np.testing.assert_allclose(to_numpy(other(x)), expected, rtol=1e-5, atol=1e-5)
 
