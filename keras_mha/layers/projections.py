@@ -16,7 +16,7 @@ from keras_mha._keras import (
 )
 from keras_mha.layers import input_checks
 from keras_mha.layers.normalization import normalize_heads
-from keras_mha.ops.tensors import is_called_plainly, is_computed_now, multiplied
+from keras_mha.ops.tensors import is_better_multiplied, is_called_plainly, multiplied
 
 
 def add_projections(
@@ -98,10 +98,10 @@ def copy_of(initializer: keras.initializers.Initializer) -> Any:
 def projected(dense: keras.Layer, x: Tensor) -> Tensor:
     """Returns `dense(x)`.
 
-    Keras takes as long to call a layer as a short sequence to be multiplied. Where a
-    projection is a product and nothing more, and computed now, it is only computed.
+    Eagerly Keras takes as long to call a layer as a short sequence to be multiplied.
+    Where a projection is a product and nothing more, it is only computed.
     """
-    axes = _summed_axes(dense, x) if is_computed_now(x) else None
+    axes = _summed_axes(dense, x) if is_better_multiplied(x) else None
     if axes is None:
         return dense(x)
     bias = None if dense.bias is None else ops.convert_to_tensor(dense.bias)

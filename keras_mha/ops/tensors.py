@@ -33,6 +33,11 @@ def is_computed_now(x: Tensor) -> bool:
     return backends.current().is_computed_now(x)
 
 
+def is_better_multiplied(x: Tensor) -> bool:
+    """Whether `multiplied` is better than a call of the layer that does the same."""
+    return backends.current().is_better_multiplied(x)
+
+
 def is_called_plainly(layer: Any) -> bool:
     """Whether nobody has asked the backend to watch, or change, calls of a layer."""
     return backends.current().is_called_plainly(layer)

@@ -43,6 +43,23 @@ CASES = {
 }
 
 
+QUERIES = RNG.uniform(size=(B, T)) < 0.6
+CASES |= {
+    "hidden queries": (
+        lambda: masks.Dense(to_tensor(QUERIES[:, None, :, None])),
+        np.broadcast_to(QUERIES[:, None, :, None], (B, 1, T, S)),
+    ),
+    "hidden queries and padding": (
+        lambda: (
+            masks.Padding(to_tensor(VALID))
+            & masks.Dense(to_tensor(QUERIES[:, None, :, None]))
+            & masks.Dense(to_tensor(DENSE[:1, :, :, :1]))
+        ),
+        VALID[:, None, None] & QUERIES[:, None, :, None] & DENSE[:1, :, :, :1],
+    ),
+}
+
+
 @pytest.fixture
 def small_slices(monkeypatch):
     from keras_mha.kernels.torch_kernels import sdpa
@@ -213,3 +230,23 @@ def test_on_a_cpu_jax_has_no_fused_kernel():
 def test_tensorflow_ships_none():
     why = "no fused kernel on the tensorflow backend"
     assert fused.choose(a_call()) == (None, why)
+
+
+@only_torch
+def test_hidden_queries_need_no_mask_of_all_scores(monkeypatch):
+    import torch
+
+    attend, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*args, attn_mask=None, **kwargs):
+        given.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    query, key = (to_tensor(RNG.normal(size=(B, n, N, H))) for n in (T, S))
+    hidden = masks.Dense(to_tensor(QUERIES[:, None, :, None]))
+    keras_mha.dot_product_attention(query, key, key, mask=hidden)
+    padding = masks.Padding(to_tensor(VALID))
+    keras_mha.dot_product_attention(query, key, key, mask=padding & hidden)
+    assert given[0] is None
+    assert given[1].shape == (B, 1, 1, S)

@@ -127,6 +127,11 @@ def is_computed_now(x: Any) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
+def is_better_multiplied(x: Any) -> bool:
+    """Whether `multiplied` is better than a call of the layer that does the same."""
+    return is_computed_now(x)  # of a program nothing is left of the call
+
+
 def is_called_plainly(layer: Any) -> bool:
     """Whether nobody watches, or changes, the calls of a layer."""
     return True  # with torch's modules some can
