@@ -10,6 +10,7 @@ from keras_mha.kernels.call import AttentionCall, Device
 # a few at a time.
 SHARE_OF_MEMORY = 1 / 64
 MEMORY = 16 * 2**30  # bytes of a device, where it does not say
+FEWEST = 2**17  # tiles of fewer are not worth the time that each of them takes
 UNKNOWN_BATCH = 32  # rows of a batch whose size is not known yet
 
 
@@ -18,12 +19,14 @@ def few_scores(device: Device | None, sequences: int = UNKNOWN_BATCH) -> int:
 
     Args:
         device: The kind of device; `None` counts as a CPU.
-        sequences: How many heads and sequences there are. Of no matter on a CPU, where
-            the number was measured: it says how fast tiles are, one after the other.
+        sequences: How many heads and sequences there are.
     """
     backend = backends.current()
     if device in ("cpu", None):
-        return backend.FEW_SCORES
+        few, in_all = backend.FEW_SCORES, backend.FEW_SCORES_IN_ALL
+        if in_all is None:
+            return few
+        return min(few, max(in_all // max(sequences, 1), FEWEST))
     memory = backend.device_memory() or MEMORY
     return int(memory * SHARE_OF_MEMORY) // 4 // max(sequences, 1)
 

@@ -69,6 +69,21 @@ def test_what_the_fused_kernel_cannot_run_goes_to_tiles_if_long(arguments, why):
             plan(a_call(length, **arguments), "fused")
 
 
+@only_torch
+@pytest.mark.parametrize(
+    ("batch", "length", "taken"),
+    [
+        (1, 512, "reference"),
+        (4, 512, "blockwise"),
+        (1, 1024, "blockwise"),
+        (64, 128, "reference"),
+    ],
+)
+def test_tiles_pay_earlier_where_there_are_many_scores_in_all(batch, length, taken):
+    x = keras.KerasTensor((batch, length, 8, 64))
+    assert plan(AttentionCall(x, x, x, dropout=0.1)).implementation == taken
+
+
 @without_fused
 def test_a_backend_without_a_fused_kernel_takes_tiles_for_long_sequences():
     for length, tiles in ((SHORT, False), (LONG, True), (None, True)):

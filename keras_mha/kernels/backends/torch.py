@@ -26,6 +26,9 @@ HEADS_PER_TILE = 8
 
 # From how many scores a head tiles are faster than whole scores on a CPU, measured.
 FEW_SCORES = 1024**2
+# And from how many of all heads and sequences: arrays of more than 32 MiB are not kept,
+# and each is fetched from the system anew.
+FEW_SCORES_IN_ALL = 6_000_000
 
 
 def as_written(function: Callable) -> Callable:
