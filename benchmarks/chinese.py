@@ -16,6 +16,8 @@ GRID = {
         "取 4 个宽度为 32、8 个宽度为 64 和 12 个宽度为 64 的头三者中的最低值。低于 "
     ),
     " is framed.": " 的格子加框。",
+    "Measured so far: ": "目前已测量：",
+    " calls.": " 个调用。",
     "The grid: how many times faster than Keras's layer": (
         "网格：比 Keras 自带层快多少倍"
     ),

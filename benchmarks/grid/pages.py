@@ -14,6 +14,7 @@ from benchmarks.grid.cells import (
     PROGRAMS,
     SHAPES,
     Cell,
+    cells,
 )
 from benchmarks.grid.found import LEAST, Ratio, compile_seconds, cut, ratios
 from benchmarks.tables import TITLES, table
@@ -57,11 +58,26 @@ def section(found: dict[str, kept.Kept]) -> str:
         f"of 64. What is under {LEAST} is framed.",
         "![The grid: how many times faster than Keras's layer]"
         "(docs/benchmarks/grid.png)",
+        unfinished(found),
         summary(found),
         lowest(found),
         _machine(found),
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join(filter(None, lines))
+
+
+def unfinished(found: dict[str, kept.Kept]) -> str:
+    """Says how much of the grid has been measured, `""` where all has."""
+    wanted = {backend: cells(backend) for backend in found}
+    count = sum(len(each) for each in wanted.values())
+    measured = sum(
+        cell.name in found[backend].found
+        for backend, each in wanted.items()
+        for cell in each
+    )
+    if measured == count:
+        return ""
+    return f"Measured so far: {measured} / {count} calls."
 
 
 def page(found: dict[str, kept.Kept], compared: dict[str, kept.Kept]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from keras_mha.bench.timing import summary
 
 # What suffices: so many rounds once so many seconds have passed. Slow calls take few.
-ENOUGH = ((0.5, 8), (1.5, 3), (8.0, 2))
+ENOUGH = ((0.5, 10), (2.0, 5), (8.0, 3))
 MOST = 1000
 
 
