@@ -8,7 +8,7 @@ where some are before and some after, those before get
 
     sum_i w_i * (d_output_i . before_i - d_output_i . output_i)
 
-with `before_i` what attention to them alone gives, and `w_i` their share of the weights.
+with `before_i` what attention to them alone gives and `w_i` the sum of their weights.
 """
 
 from typing import NamedTuple
@@ -159,7 +159,8 @@ class Gradients:
         rows, columns = query.shape[2], key.shape[2]
         reach = max(numbers.shape[1] // 2, 1)
         near = torch.zeros_like(along)
-        before, after = torch.zeros_like(numbers[:, :2]).unbind(1)
+        first, last = numbers[:, 0], numbers[:, -1]
+        before, after = torch.zeros_like(first), torch.zeros_like(last)
         has_before = has_after = False
         for row in range(0, rows, _ROWS):
             here = slice(row, min(row + _ROWS, rows))
@@ -170,12 +171,12 @@ class Gradients:
             self._add_near(here, slice(start, end), near)
             if start > 0 and not is_causal:
                 has_after = True
-                self._add_far(here, slice(0, start), numbers[:, -1])
+                self._add_far(here, slice(0, start), last)
             if end < columns:
                 has_before = True
-                part = self._add_far(here, slice(end, columns), numbers[:, 0])
+                part = self._add_far(here, slice(end, columns), first)
                 if not is_causal:
-                    before += self._sums_of_far(here, part, numbers[:, 0])
+                    before += self._sums_of_far(here, part, first)
         if is_causal and has_before:
             before = -near.sum(1)
         if has_after:
@@ -205,8 +206,7 @@ class Gradients:
             sums[:, first : first + along.shape[1]] += along
 
     def _add_far(self, rows, columns, constant):
-        """Adds what a part gives whose bias is one number for each head, and returns the
-        part."""
+        """Adds what a part gives that has one bias for each head, and returns it."""
         part = self._scores.part(slice(None), rows, columns)
         self._add_part((slice(None), rows, columns), part, None, constant)
         return part
@@ -221,7 +221,7 @@ class Gradients:
 
 def _sums_along_diagonals(x):
     """Returns for `(N, rows, columns)` the sums of what has the same row + column."""
-    heads, rows, columns = x.shape
+    rows, columns = x.shape[1:]
     # Each row one further to the right than the one above: as rows of a number more.
     wide = functional.pad(x, (0, rows)).flatten(1)
     width = columns + rows - 1

@@ -25,10 +25,8 @@ References:
     Press et al., 2022, Train short, test long: https://arxiv.org/abs/2108.12409
 """
 
-import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from keras import ops
@@ -49,10 +47,11 @@ from keras_mha.kernels.torch_kernels.diagonal_gradients import (
 )
 from keras_mha.masks import is_plain_causal, whole_tile
 
-# Rows of a slice, measured: with fewer the calls cost more, with more the keys that only
-# some of the rows may see.
-_ROWS = 512
+# Rows of a slice, measured: with fewer the calls cost more, with more the keys that
+# only some of the rows may see.
+_ROWS = 256
 _STEP = 256  # Heads are called apart if the keys that matter differ by so many.
+_ROWS_A_TASK = 64  # How torch's kernel shares rows of a slice among threads.
 _NEGLIGIBLE = math.log(1e-30)
 _ROUNDING = 1e-3  # The bound is raised by this share, more than products are rounded.
 
@@ -147,7 +146,7 @@ class _Diagonals:
         scores = Scores.of(*tensors, self._is_causal, self._scale)
         query = scores.query
         output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
-        for heads, rows, columns in _pieces(scores):
+        for heads, rows, columns in _pieces(scores, _ROWS_A_TASK):
             part = scores.part(heads, rows, columns)
             found = flash_cpu.forward(*part[:3], part.bias(), self._scale)
             output[:, heads, rows], lse[:, heads, rows] = found
@@ -165,24 +164,35 @@ class _Diagonals:
         if 3 in wanted:
             gradients.add_all_with_bias(self._is_causal, tensors[3])
         else:
-            for piece in _pieces(scores):
+            for piece in _pieces(scores, _ROWS):  # all rows are one task there
                 gradients.add(*piece)
         found = gradients.of_inputs(tensors)
         return [found[place] for place in wanted]
 
 
-def _pieces(scores: Scores) -> Iterator[tuple[slice, slice, slice]]:
-    """Yields for which heads, rows and columns to call torch's kernel."""
-    heads, rows = scores.query.shape[1:3]
+def _pieces(scores: Scores, rows_a_task: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yields for which heads, rows and columns to call torch's kernel.
+
+    Args:
+        scores: All scores.
+        rows_a_task: How many rows of one head a thread takes.
+    """
+    batch, heads, rows, _ = scores.query.shape
+    # So many heads a call that no thread is idle.
+    tasks = batch * -(-_ROWS // rows_a_task)
+    together = -(-torch.get_num_threads() // tasks)
     for row, ranges in zip(range(0, rows, _ROWS), _ranges(scores), strict=True):
-        alike = itertools.groupby(range(heads), key=lambda head: ranges[head])
-        for (start, end), group in alike:
-            first, *others = group
-            yield (
-                slice(first, first + 1 + len(others)),
-                slice(row, min(row + _ROWS, rows)),
-                slice(start, end),
-            )
+        here = slice(row, min(row + _ROWS, rows))
+        blocks = []
+        for head in range(0, heads, together):
+            starts, ends = zip(*ranges[head : head + together], strict=True)
+            columns = min(starts), max(ends)
+            if blocks and blocks[-1][1] == columns:
+                head = blocks.pop()[0]
+            blocks.append((head, columns))
+        stops = [head for head, _ in blocks[1:]] + [heads]
+        for (head, columns), stop in zip(blocks, stops, strict=True):
+            yield slice(head, stop), here, slice(*columns)
 
 
 def _ranges(scores):

@@ -78,7 +78,8 @@ def _works() -> bool:
         found = backward(ones, query, key, value, output, lse, bias, 0.3)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    pairs = zip((output, lse, *found), (expected, logits.logsumexp(-1), *gradients))
+    expected = expected, logits.logsumexp(-1), *gradients
+    pairs = zip((output, lse, *found), expected, strict=True)
     return all(torch.allclose(x, y, atol=1e-4) for x, y in pairs)
 
 
