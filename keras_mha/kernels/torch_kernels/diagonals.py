@@ -49,7 +49,7 @@ from keras_mha.masks import is_plain_causal, whole_tile
 
 # Rows of a slice, measured: with fewer the calls cost more, with more the keys that
 # only some of the rows may see.
-_ROWS = 256
+_ROWS = 512
 _STEP = 256  # Heads are called apart if the keys that matter differ by so many.
 _ROWS_A_TASK = 64  # How torch's kernel shares rows of a slice among threads.
 _NEGLIGIBLE = math.log(1e-30)
@@ -157,6 +157,7 @@ class _Diagonals:
         return query.new_empty(query.shape), query.new_empty(query.shape[:3])
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # what is added up is not rounded
     def gradients(self, tensors, output, kept, output_gradient, wanted):
         scores = Scores.of(*tensors, self._is_causal, self._scale)
         attended = Attended(output, kept, output_gradient)
