@@ -225,25 +225,23 @@ def test_numbers_are_the_same_where_the_operators_are_not_there(taken, monkeypat
 # --------------------------------------------------------- keys that are not looked at
 
 
-def pieces(shape, sizes, is_causal, slopes, seed=0):
-    """The query and the key, and which pairs are worked out, (N, T, S)."""
+def looked_at(query, key, is_causal, slopes):
+    """Which pairs are worked out, (N, T, S)."""
     from keras_mha.kernels.torch_kernels import diagonal_gradients, diagonals
 
-    query, key, value, _ = drawn(shape, seed)
-    query, key = query * sizes[0], key * sizes[1]
-    rows, columns, heads = shape[1:4]
-    most = max(rows, columns) - 1
+    _, rows, heads, width = query.shape
+    most = max(rows, key.shape[1]) - 1
     numbers = -np.array(slopes)[:, None] * abs(np.arange(-most, most + 1))
     scores = diagonal_gradients.Scores.of(
-        *(to_tensor(x.swapaxes(1, 2)) for x in (query, key, value)),
+        *(to_tensor(x.swapaxes(1, 2)) for x in (query, key, key)),
         to_tensor(numbers),
         is_causal,
-        shape[5] ** -0.5,
+        width**-0.5,
     )
-    looked_at = np.zeros((heads, rows, columns), bool)
-    for each, row, column in diagonals._pieces(scores, 16):
-        looked_at[each, row, column] = True
-    return query, key, looked_at[:, :, ::-1]
+    found = np.zeros((heads, rows, key.shape[1]), bool)
+    for piece in diagonals._pieces(scores, 16):
+        found[piece] = True
+    return found[:, :, ::-1]
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -253,12 +251,12 @@ def test_keys_that_are_left_out_weigh_nothing(lengths, size, is_causal, taken):
     shape = (2, *lengths, 4, 4, 8, 8)
     slopes = 20.0, 2.0, 1.0, 0.1
     for seed in range(5):
-        # One query, and one key, are larger than others.
-        sizes = [np.ones((1, length, 1, 1)) * size for length in lengths]
+        query, key = (size * x for x in drawn(shape, seed)[:2])
+        # The two that are largest point the same way: no product can be larger.
         rng = np.random.default_rng(seed)
-        for each in sizes:
-            each[:, rng.integers(each.shape[1])] *= 4
-        query, key, looked_at = pieces(shape, sizes, is_causal, slopes, seed)
+        i, j = (rng.integers(length) for length in lengths)
+        query[:, i] *= 3
+        key[:, j] = 2 * query[:, i]
         _, weights = oracle.dot_product_attention(
             query,
             key,
@@ -267,15 +265,24 @@ def test_keys_that_are_left_out_weigh_nothing(lengths, size, is_causal, taken):
             bias=-np.array(slopes)[:, None, None] * abs(distances(shape)),
         )
         largest = weights.max(axis=-1, keepdims=True)
-        left_out = np.broadcast_to(~looked_at, weights.shape)
+        left_out = ~looked_at(query, key, is_causal, slopes)
+        left_out = np.broadcast_to(left_out, weights.shape)
         assert (weights < 1.01e-30 * largest)[left_out].all()
 
 
 @pytest.mark.parametrize("size", [1e3, 1e10, 1e30, np.nan, np.inf])
 def test_where_numbers_are_large_or_none_nothing_is_left_out(size, taken):
-    shape = (1, 90, 90, 4, 4, 8, 8)
-    looked_at = pieces(shape, (1.0, size), False, SLOPES)[2]
-    assert looked_at.all()
+    query, key, *_ = drawn((1, 90, 90, 4, 4, 8, 8))
+    assert looked_at(query, size * key, False, SLOPES).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4, 1e7])
+def test_own_keys_are_looked_at_however_products_are_rounded(size, taken):
+    # All products of a head are as large as they can be.
+    shape = (1, 90, 90, 64, 64, 8, 8)
+    same = np.broadcast_to(size * drawn(shape)[0][:, :1], (1, 90, 64, 8))
+    found = looked_at(same, same, False, (0.5,) * 64)
+    assert found[:, np.arange(90), np.arange(90)].all()
 
 
 def test_far_keys_of_alibi_are_not_looked_at(taken):
