@@ -165,6 +165,10 @@ class DistanceBias(Bias):
     positions: Positions
     is_finite = True
 
+    reach = None
+    """The distance from which on, on either side, the bias changes no more; `None` if
+    it may."""
+
     def of_distances(self, distances: Tensor, tile: Tile) -> Tensor:
         """Returns `(heads, *shape)` for distances, int32, of any shape."""
         raise NotImplementedError
@@ -235,8 +239,12 @@ class ByDistance(DistanceBias):
     values: Tensor
     positions: Positions = Positions()
 
+    @property
+    def reach(self):
+        return self.values.shape[1] // 2
+
     def of_distances(self, distances, tile):
-        most = self.values.shape[1] // 2
+        most = self.reach
         index = ops.clip(distances, -most, most) + most
         values = tile.cut_heads(self.values, 0)
         if len(index.shape) == 1:

@@ -3,7 +3,8 @@
 The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
 nothing. So where the mask is another, it is called for some rows at a time, with the
 keys from the first to the last that any of them may see and a mask of this size only.
-(Learned keys, which all see, are put beside these.)
+(Learned keys, which all see, are put beside these.) On a CPU biases that follow from the
+distance alone have a way of their own, `diagonals`.
 """
 
 import functools
@@ -26,6 +27,7 @@ from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.dropout import DrawnSeed, OfPart, SeedOfHeads, seed_of
 from keras_mha.kernels.masking import allowed_pairs, bias_block, whole
 from keras_mha.kernels.parts import join_tensors, split_tensors
+from keras_mha.kernels.torch_kernels import diagonals
 from keras_mha.kernels.torch_kernels.seeded import is_held, number_of, seeded
 from keras_mha.masks import (
     Tile,
@@ -50,7 +52,7 @@ def refusal(call: AttentionCall) -> str | None:
     if call.sink is not None:
         return "the fused kernel has no sink"
     # For a few rows torch itself takes another path, with all scores.
-    if _is_bias_trained(call) and not _is_short(call):
+    if _is_bias_trained(call) and not (_is_short(call) or _sums_diagonals(call)):
         return "torch's kernel has no gradient of a bias"
     if torch.jit.is_tracing() and call.query.shape[2] != call.key.shape[2]:
         return "ONNX knows torch's kernel with as many key heads as query heads only"
@@ -87,6 +89,11 @@ def _is_bias_trained(call):
         return False
     weights = (call.bias, *split_tensors(call.position_bias)[1])
     return any(getattr(weight, "requires_grad", False) for weight in weights)
+
+
+def _sums_diagonals(call):
+    """Whether a trained bias is one whose gradient is summed along diagonals."""
+    return diagonals.takes(call) and call.position_bias.reach is not None
 
 
 def _drops_all_heads(call):
@@ -134,6 +141,9 @@ def _attend(call):
     if not _is_short(call):
         # For many rows each head's in a piece is faster, for few the copies cost more.
         query, key, value = (x.contiguous() for x in (query, key, value))
+    if call.has_bias and not _is_short(call) and diagonals.takes(call):
+        output = diagonals.attend(call, query, key, value)
+        return output[..., :value_width].transpose(1, 2).to(call.query.dtype)
     seed = seed_of(call) if call.dropout else None
     if torch.compiler.is_compiling() and call.dropout:
         output = _as_node(call, query, key, value, seed)
