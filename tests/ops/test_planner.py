@@ -57,7 +57,7 @@ def test_torch_takes_its_own_kernel_where_it_can(length):
     [
         ({"dropout": 0.1}, "dropout"),
         ({"logit_soft_cap": 50.0}, "soft cap"),
-        ({"sink": np.zeros(4)}, "sink"),
+        ({"sink": np.zeros(4), "mask": SlidingWindow(3)}, "sink"),
     ],
 )
 def test_what_the_fused_kernel_cannot_run_goes_to_tiles_if_long(arguments, why):

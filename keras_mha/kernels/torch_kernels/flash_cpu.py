@@ -12,7 +12,12 @@ from keras_mha._keras import Tensor
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attends.
 
@@ -22,13 +27,14 @@ def forward(
         value: Shape `(B, N, S, H)`.
         bias: Shape `(1, N, T, S)`, of any strides but the last, which is 1.
         scale: Factor of the dot products.
+        is_causal: Whether keys after the query are hidden.
 
     Returns:
         The output, `(B, N, T, H)`, and the logarithms of the rows' sums of
         exponentials, `(B, N, T)`.
     """
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(query, key, value, attn_mask=bias, scale=scale)
+    return attend(query, key, value, 0.0, is_causal, attn_mask=bias, scale=scale)
 
 
 def backward(
@@ -40,6 +46,7 @@ def backward(
     lse: Tensor,
     bias: Tensor | None,
     scale: float,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of query, key and value.
 
@@ -52,9 +59,10 @@ def backward(
         lse: What `forward` returned for all columns.
         bias: As of `forward`, for these columns.
         scale: As of `forward`.
+        is_causal: As of `forward`.
     """
     pull_back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    given = output_gradient, query, key, value, output, lse, 0.0, False
+    given = output_gradient, query, key, value, output, lse, 0.0, is_causal
     return pull_back(*given, attn_mask=bias, scale=scale)
 
 

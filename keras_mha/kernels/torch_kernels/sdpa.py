@@ -3,8 +3,8 @@
 The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
 nothing. So where the mask is another, it is called for some rows at a time, with the
 keys from the first to the last that any of them may see and a mask of this size only.
-(Learned keys, which all see, are put beside these.) On a CPU biases that follow from the
-distance alone have a way of their own, `diagonals`.
+(Learned keys, which all see, are put beside these.) On a CPU biases that follow from
+the distance alone, and sinks, have ways of their own: `diagonals`, `sinks`.
 """
 
 import functools
@@ -27,7 +27,7 @@ from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.dropout import DrawnSeed, OfPart, SeedOfHeads, seed_of
 from keras_mha.kernels.masking import allowed_pairs, bias_block, whole
 from keras_mha.kernels.parts import join_tensors, split_tensors
-from keras_mha.kernels.torch_kernels import diagonals
+from keras_mha.kernels.torch_kernels import diagonals, sinks
 from keras_mha.kernels.torch_kernels.seeded import is_held, number_of, seeded
 from keras_mha.masks import (
     Tile,
@@ -49,7 +49,7 @@ def refusal(call: AttentionCall) -> str | None:
         return why_not
     if call.logit_soft_cap is not None:
         return "the fused kernel has no soft cap"
-    if call.sink is not None:
+    if call.sink is not None and not sinks.takes(call):
         return "the fused kernel has no sink"
     # For a few rows torch itself takes another path, with all scores.
     if _is_bias_trained(call) and not (_is_short(call) or _sums_diagonals(call)):
@@ -141,8 +141,9 @@ def _attend(call):
     if not _is_short(call):
         # For many rows each head's in a piece is faster, for few the copies cost more.
         query, key, value = (x.contiguous() for x in (query, key, value))
-    if call.has_bias and not _is_short(call) and diagonals.takes(call):
-        output = diagonals.attend(call, query, key, value)
+    kernel = _kernel_of_rows_sums(call)
+    if kernel is not None:
+        output = kernel.attend(call, query, key, value)
         return output[..., :value_width].transpose(1, 2).to(call.query.dtype)
     seed = seed_of(call) if call.dropout else None
     if torch.compiler.is_compiling() and call.dropout:
@@ -152,6 +153,16 @@ def _attend(call):
     if output.shape[3] != value_width:
         output = output[..., :value_width]
     return output.transpose(1, 2).to(call.query.dtype)
+
+
+def _kernel_of_rows_sums(call):
+    """Returns what attends by what the kernel knows of rows' sums, where that is needed
+    or faster."""
+    if call.sink is not None:
+        return sinks
+    if call.has_bias and not _is_short(call) and diagonals.takes(call):
+        return diagonals
+    return None
 
 
 def _attend_seeded(call, query, key, value, seed):
