@@ -3,7 +3,8 @@
 The kernel knows no mask, the causal one, or one of T x S numbers, in which it skips
 nothing. So where the mask is another, it is called for some rows at a time, with the
 keys from the first to the last that any of them may see and a mask of this size only.
-(Learned keys, which all see, are put beside these.)
+(Learned keys, which all see, are put beside these.) On a CPU biases that follow from
+the distance alone have a way of their own, `diagonals`.
 """
 
 import itertools
