@@ -688,8 +688,8 @@ def test_bias_over_many_tiles(kind, mask, implementation):
         heads=(2, 1),
         batch=1,
         mask=LONG_MASKS[mask](),
-        # Beyond a few rows torch's kernel has no gradient of a bias with every mask,
-        # and says so.
+        # Beyond a few rows torch's kernel has the gradient of a bias with these masks
+        # only, and says so.
         table_learns=implementation != "fused" or mask in ("none", "causal"),
     )
 

@@ -210,8 +210,8 @@ def _ranges(scores):
     starts = torch.arange(0, rows, _ROWS, device=lowest.device)
     ends = (starts + _ROWS).clamp(max=rows)
     first, last = first - ends + 1, last - starts + 1
-    first = (first // _STEP * _STEP).clamp(min=0)
-    last = (-(-last // _STEP) * _STEP).clamp(max=columns)
+    first = (first // _STEP * _STEP).clamp(0, columns - 1)
+    last = (-(-last // _STEP) * _STEP).clamp(max=columns).maximum(first + 1)
     return torch.stack([first, last], -1).transpose(0, 1).tolist()
 
 
