@@ -45,6 +45,8 @@ def loop(count: Any, body: Callable, carry: tuple) -> tuple:
         lambda index, carry: index < count,
         lambda index, carry: (index + 1, body(index, carry)),
         (tf.constant(0), carry),
+        # Of turns that run at once each would hold tiles of its own.
+        parallel_iterations=1,
     )[1]
 
 
