@@ -24,7 +24,7 @@ LOWERS_LATER = False
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
-HEADS_PER_TILE = 4
+HEADS_PER_TILE = 2
 
 # From how many scores a head tiles are faster than whole scores on a CPU, measured.
 FEW_SCORES = 1024**2
