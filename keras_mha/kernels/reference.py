@@ -42,7 +42,8 @@ def attend(call: AttentionCall) -> Attended:
     """Runs one call of attention."""
     seed = dropout.seed_of(call) if 0 < call.dropout < 1 else None
     output, weights, lse = attend_rows(call, whole(call), seed)
-    weights = ops.cast(weights, call.query.dtype) if call.return_scores else None
+    if weights is not None:
+        weights = ops.cast(weights, call.query.dtype)
     return Attended(output, weights, lse)
 
 
@@ -56,15 +57,23 @@ def attend_rows(call: AttentionCall, tile: Tile, seed: Tensor | None) -> Attende
             everything, is dropped.
 
     Returns:
-        What a kernel does, of these rows, with the weights in float32 at least, asked
-        for or not.
+        What a kernel does, of these rows, with the weights in float32 at least.
     """
     scores = _scores(call, tile)
-    weights = _mixed(scores.weights, call.talking_heads[1])
+    needs_weights = call.return_scores or call.talking_heads[1] is not None
+    if needs_weights:
+        weights = _mixed(scores.weights, call.talking_heads[1])
+    else:
+        weights = scores.softmax
     dropped = _dropout(weights, call.dropout, seed, tile)
     value = as_operand(call.value, call.device_kind)
     output = _weighted_values(ops.cast(dropped, value.dtype), value)
+    if not needs_weights and scores.seen is not None:
+        # Of the output, which is smaller than the weights.
+        seen = ops.transpose(scores.seen, (0, 2, 1, 3))
+        output = ops.where(seen, output, ops.cast(0.0, output.dtype))
     lse = _lse(call, scores) if call.return_lse else None
+    weights = weights if call.return_scores else None
     return Attended(ops.cast(output, call.query.dtype), weights, lse)
 
 
@@ -75,13 +84,23 @@ class Scores(NamedTuple):
         products: `query . key * scale`, shape `(B, N, rows, S)`.
         logits: What softmax is taken of: mixed, capped, with biases; not masked.
         allowed: Booleans that broadcast to this shape; `None` for all.
-        weights: What softmax gives; not mixed yet.
+        softmax: What softmax gives: nothing that counts in a row that sees nothing.
+        seen: Booleans that broadcast to `(B, N, rows, 1)`, which rows see a key; `None`
+            if all do.
     """
 
     products: Tensor
     logits: Tensor
     allowed: Tensor | None
-    weights: Tensor
+    softmax: Tensor
+    seen: Tensor | None
+
+    @property
+    def weights(self) -> Tensor:
+        """What values are weighted by; not mixed yet."""
+        if self.seen is None:
+            return self.softmax
+        return ops.where(self.seen, self.softmax, ops.cast(0.0, self.softmax.dtype))
 
 
 def scores_of_rows(call: AttentionCall, tile: Tile) -> Scores:
@@ -98,7 +117,8 @@ def _scores(call: AttentionCall, tile: Tile) -> Scores:
     products = times(_query_dot_key(query * early, key), late)
     logits = _logits(call, _mixed(products, call.talking_heads[0]), bias)
     allowed = allowed_pairs(call, tile, bias)
-    return Scores(products, logits, allowed, _masked_softmax(logits, allowed, call))
+    softmax = _masked_softmax(logits, allowed, call)
+    return Scores(products, logits, allowed, softmax, _seen(allowed, call))
 
 
 def attention_weights(call: AttentionCall, tile: Tile) -> Tensor:
@@ -143,19 +163,25 @@ def _logits(call: AttentionCall, logits: Tensor, bias: Tensor | None) -> Tensor:
 def _masked_softmax(
     logits: Tensor, allowed: Tensor | None, call: AttentionCall
 ) -> Tensor:
-    # Every row sees its first key at least: nothing is left to set to zero.
-    is_plain_case = not call.has_bias and is_plain_causal(call.mask)
-    if allowed is not None:
-        logits = ops.where(allowed, logits, -math.inf if is_plain_case else LOWEST)
+    if allowed is not None and call.has_bias:  # which may be minus infinity
+        logits = ops.where(allowed, logits, LOWEST)
+    elif allowed is not None:
+        # Added, not chosen by: what is added is made once for all heads, and in its
+        # gradient nothing is chosen.
+        zero, lowest = (ops.cast(x, logits.dtype) for x in (0.0, LOWEST))
+        logits = logits + ops.where(allowed, zero, lowest)
     if call.sink is not None:
-        weights = ops.softmax(_beside_sink(call, logits), axis=-1)[..., :-1]
-    else:
-        # As a tuple where there is one key: of an int, Keras would warn.
-        axis = (3,) if logits.shape[-1] == 1 else -1
-        weights = ops.softmax(logits, axis=axis)
-    if allowed is None or is_plain_case:
-        return weights
-    return ops.where(allowed, weights, 0.0)
+        return ops.softmax(_beside_sink(call, logits), axis=-1)[..., :-1]
+    # As a tuple where there is one key: of an int, Keras would warn.
+    return ops.softmax(logits, axis=(3,) if logits.shape[-1] == 1 else -1)
+
+
+def _seen(allowed: Tensor | None, call: AttentionCall) -> Tensor | None:
+    # Every row of a causal mask sees its first key at least.
+    if allowed is None or (not call.has_bias and is_plain_causal(call.mask)):
+        return None
+    seen = ops.any(allowed, axis=-1, keepdims=True)
+    return ops.reshape(seen, (*(1,) * (4 - len(seen.shape)), *ops.shape(seen)))
 
 
 def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> Tensor:
@@ -182,7 +208,7 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     if _is_one(query.shape[1]) and not backends.current().may_share_heads(key):
         return _one_query_dot_key(query, key)
     if groups == heads:
-        return _product("...tnh,...snh->...nts", query, key)
+        return _product("btnh,bsnh->bnts", query, key)
     query = ops.reshape(query, (batch, rows, groups, heads // groups, width))
     b = _batch_letters(query.shape[1])
     logits = _product(f"{b}tkgh,{b}skh->{b}kgts", query, key)
@@ -196,7 +222,7 @@ def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     if _is_one(weights.shape[2]) and not backends.current().may_share_heads(value):
         return _values_of_one_query(weights, value)
     if groups == heads:
-        return _product("...nts,...snv->...tnv", weights, value)
+        return _product("bnts,bsnv->btnv", weights, value)
     weights = ops.reshape(weights, (batch, groups, heads // groups, rows, columns))
     b = _batch_letters(weights.shape[3])
     output = _product(f"{b}kgts,{b}skv->{b}tkgv", weights, value)

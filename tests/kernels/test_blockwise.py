@@ -393,6 +393,22 @@ def test_a_dynamic_batch_of_nobody_with_short_sequences(monkeypatch):
 
 
 @only_tensorflow
+def test_a_program_has_the_tiles_of_one_turn_of_a_loop_at_a_time():
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((1, 64, 4, 4))])
+    def gradient(x):
+        y = keras_mha.dot_product_attention(x, x, x, implementation="blockwise")
+        return tf.gradients(y, x)
+
+    program = gradient.get_concrete_function().graph.as_graph_def()
+    functions = [program.node, *(f.node_def for f in program.library.function)]
+    loops = [node for nodes in functions for node in nodes if "While" in node.op]
+    assert len(loops) >= 6  # chunks, rows and columns, forward and backward
+    assert {loop.attr["parallel_iterations"].i for loop in loops} == {1}
+
+
+@only_tensorflow
 def test_an_eager_tape_keeps_no_tiles(monkeypatch):
     import tensorflow as tf
 

@@ -25,7 +25,7 @@ LOWERS_LATER = False
 
 # How many heads share a tile on a CPU, measured: enough work for one call of an
 # operation, and little enough to stay in a cache.
-HEADS_PER_TILE = 4
+HEADS_PER_TILE = 2
 
 # From how many scores a head tiles are faster than whole scores on a CPU, measured.
 FEW_SCORES = 1024**2
@@ -47,6 +47,8 @@ def loop(count: Any, body: Callable, carry: tuple) -> tuple:
         lambda index, carry: index < count,
         lambda index, carry: (index + 1, body(index, carry)),
         (tf.constant(0), carry),
+        # Of turns that run at once each would hold tiles of its own.
+        parallel_iterations=1,
     )[1]
 
 
