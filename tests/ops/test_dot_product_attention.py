@@ -68,7 +68,8 @@ def attend(query, key, value, **options):
 def test_one_key_gets_all_the_attention_and_no_warning():
     query, key, value = heads(S=1)
     _, scores = attend(query, key, value, return_scores=True)
-    np.testing.assert_array_equal(scores, np.ones_like(scores))
+    # On some processors TensorFlow's softmax of one number is the last below 1.
+    np.testing.assert_allclose(scores, np.ones_like(scores), rtol=1e-7)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
