@@ -310,8 +310,17 @@ def take_along_axis(x: Any, index: Any, axis: int) -> Any:
 
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
-    # Row by row, which the compiler then need not gather where devices share the batch.
-    return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
+
+    def put():
+        # Row by row, which a compiler need not gather where devices share the batch.
+        return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
+
+    if device_kind(x) != "cpu" or not isinstance(x, jax.core.Tracer):
+        return put()
+    # Always so, which the compiler is not to know: it would write the tensor anew for
+    # every operation that reads it, and copy it for that.
+    always = jax.lax.optimization_barrier(jnp.bool_(True))
+    return either(always, put, lambda: x)
 
 
 def drawn(generator: Any, draw: Callable) -> Any:
