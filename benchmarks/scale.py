@@ -92,9 +92,10 @@ def count(point: Point) -> dict[str, Any]:
 
     import keras_mha
     from benchmarks.compiled import work
-    from keras_mha.kernels import tiling
+    from keras_mha.kernels import backends, tiling
 
     tiling.TILE = point.length if point.counts_work else 512
+    backends.current().LARGEST_TILE = tiling.TILE
     distribution = _distribution(point)
     with distribution.scope():
         layer = keras_mha.MultiHeadAttention(HEADS, WIDTH, flash_attention=True)

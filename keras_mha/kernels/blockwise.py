@@ -126,7 +126,7 @@ def _forward(problem, tensors):
 
 
 def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
-    """Returns the output `(*lead, V, G, rows)` and lse `(*lead, 1, G, rows)`."""
+    """Returns the output and the lse, as rows of width V and 1."""
     walk, tensors = scores.walk, scores.tensors
     query = scores.query(row)
 
@@ -139,13 +139,13 @@ def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
         total = total * shrink + ops.sum(weights, axis=-1)
         value = walk.cut_columns(tensors["value"], place)
         new = walk.backend.to_rows(scores.dropped(place)(weights), value)
-        return new_top, total, sums * shrink[:, :, None] + new
+        return new_top, total, sums * walk.beside_rows(shrink) + new
 
-    per_row, width = (walk.shared, walk.rows.size), tensors["value"].shape[2]
+    per_row = (*walk.lead, walk.shared, walk.rows.size)
     state = (
-        ops.full((*walk.lead, *per_row), _NO_LOGIT, dtype=walk.dtype),
-        ops.zeros((*walk.lead, *per_row), dtype=walk.dtype),
-        ops.zeros((*walk.lead, width, *per_row), dtype=walk.dtype),
+        ops.full(per_row, _NO_LOGIT, dtype=walk.dtype),
+        ops.zeros(per_row, dtype=walk.dtype),
+        walk.new_rows(tensors["value"].shape[2]),
     )
     top, total, sums = walk.for_each_tile(row, step, state)
     if "sink" in tensors:
@@ -153,11 +153,12 @@ def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
         new_top = larger(top, sink)
         shrink = ops.exp(top - new_top)
         total = total * shrink + ops.exp(sink - new_top)
-        top, sums = new_top, sums * shrink[:, :, None]
+        top, sums = new_top, sums * walk.beside_rows(shrink)
     seen = total > 0
     total = ops.where(seen, total, 1.0)
-    output = sums / (total * (1.0 - scores.problem.dropout))[:, :, None]
-    return output, ops.where(seen, top + ops.log(total), math.inf)[:, :, None]
+    kept = total * (1.0 - scores.problem.dropout)
+    lse = ops.where(seen, top + ops.log(total), math.inf)
+    return sums / walk.beside_rows(kept), walk.beside_rows(lse)
 
 
 def backward(
@@ -225,14 +226,14 @@ def _backward(problem, tensors, output, lse, d_output):
 
 
 def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
-    """Returns the rows' gradient of the scaled query, `(*lead, H, G, rows)`, and the
+    """Returns the rows' gradient of the scaled query, as rows of width H, and the
     results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
     query = scores.query(row)
     early, late = scores.problem.kept_factors
     d_output = times(walk.cut_rows(tensors["d_output"], row), early)
-    lse = walk.cut_rows(tensors["lse"], row)[:, :, 0]
-    share = walk.cut_rows(tensors["share"], row)[:, :, 0, ..., None]
+    lse = walk.cut_numbers(tensors["lse"], row)
+    share = walk.cut_numbers(tensors["share"], row)[..., None]
 
     def step(place, allowed):
         key = walk.cut_columns(tensors["key"], place)

@@ -68,8 +68,12 @@ class Problem:
         """Returns the problem as it is computed on a kind of device."""
         if self.device is not None:
             return self
-        groups = self.groups_at_once if device == "cpu" else None
-        return replace(self, device=device, groups_at_once=groups)
+        if device != "cpu":
+            return replace(self, device=device, groups_at_once=None)
+        tile = self.tile
+        if tile is not None:
+            tile = min(tile, backends.current().LARGEST_TILE)
+        return replace(self, device=device, tile=tile)
 
     @property
     def half_products(self) -> bool:

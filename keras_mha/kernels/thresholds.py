@@ -4,6 +4,7 @@ from typing import Any
 
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall, Device
+from keras_mha.masks import is_plain_causal
 
 # Off a CPU whole scores are the faster, and what speaks against them is their memory.
 # Of that a layer may take this share for its scores in float32, of which training holds
@@ -14,16 +15,21 @@ FEWEST = 2**17  # tiles of fewer are not worth the time that each of them takes
 UNKNOWN_BATCH = 32  # rows of a batch whose size is not known yet
 
 
-def few_scores(device: Device | None, sequences: int = UNKNOWN_BATCH) -> int:
+def few_scores(
+    device: Device | None, sequences: int = UNKNOWN_BATCH, kind: str = "plain"
+) -> int:
     """Returns how many scores, of one head and sequence, are too many to have at once.
 
     Args:
         device: The kind of device; `None` counts as a CPU.
         sequences: How many heads and sequences there are.
+        kind: What `kind_of` says of the call: a backend's `FEW_SCORES` are one number
+            for all, or one for each.
     """
     backend = backends.current()
     if device in ("cpu", None):
         few, in_all = backend.FEW_SCORES, backend.FEW_SCORES_IN_ALL
+        few = few[kind] if isinstance(few, dict) else few
         if in_all is None:
             return few
         return min(few, max(in_all // max(sequences, 1), FEWEST))
@@ -35,7 +41,17 @@ def few_scores_of(call: AttentionCall) -> int:
     """Returns the number for a call."""
     batch, heads = call.scores_shape[:2]
     batch = batch if isinstance(batch, int) else UNKNOWN_BATCH
-    return few_scores(call.device_kind, batch * heads)
+    return few_scores(call.device_kind, batch * heads, kind_of(call))
+
+
+def kind_of(call: AttentionCall) -> str:
+    """Returns `"dropout"`, `"grouped"`, `"causal"` or `"plain"`: the first that a call
+    is."""
+    if call.dropout:
+        return "dropout"
+    if call.key.shape[2] != call.query.shape[2]:
+        return "grouped"
+    return "causal" if is_plain_causal(call.mask) else "plain"
 
 
 def has_few_scores(call: AttentionCall) -> bool | None:

@@ -35,7 +35,7 @@ class TileScores:
         self.factors_of_scale = factors_of_scale(problem.scale, operand)
 
     def query(self, row: Place) -> Tensor:
-        """Returns the rows' query, `(*lead, H, G, rows)`, with part of the scale."""
+        """Returns the rows' query, as rows of width H, with part of the scale."""
         query = self.walk.cut_rows(self.tensors["query"], row)
         return query * self.factors_of_scale[0]
 

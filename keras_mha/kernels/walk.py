@@ -7,7 +7,8 @@ tile's matrices then all have their long axis last, the fast order on CPUs.
 A tile belongs to some heads (the *chunk*), a piece of the rows and one of the columns.
 Its queries are `(*lead, width, G, rows)` and its scores `(*lead, G, rows, columns)`,
 where `lead` is `(batch rows, key heads)`. None of these axes are folded into one:
-compilers share work among devices along whole axes.
+compilers share work among devices along whole axes. Where a backend's products want the
+features of rows elsewhere (`FEATURES_OF_ROWS`), they are brought there once a row.
 """
 
 import math
@@ -73,6 +74,7 @@ class Walk:
     ):
         self.operand = (lambda x: x) if keeps_halves else at_least_float32
         self.backend = backends.current()
+        self.features = self.backend.FEATURES_OF_ROWS
         self.like = query
         self.dtype = dtype_name(at_least_float32(query[:0]))
         self.mask = mask
@@ -147,10 +149,35 @@ class Walk:
     # ------------------------------------------------------------------ a tile's parts
 
     def cut_rows(self, x: Tensor, place: Place) -> Tensor:
-        """`(B, K, width, G, T) -> (*lead, width, G, rows)`, as an operand."""
+        """`(B, K, width, G, T)`, of these rows, as the backend's products take rows."""
+        return self.as_rows(self._cut_rows(x, place))
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """`(*lead, width, G, rows)` as the backend's products take and give rows."""
+        return x if self.features == 2 else ops.moveaxis(x, 2, self.features)
+
+    def from_rows(self, x: Tensor) -> Tensor:
+        """The inverse of `as_rows`."""
+        return x if self.features == 2 else ops.moveaxis(x, self.features, 2)
+
+    def cut_numbers(self, x: Tensor, place: Place) -> Tensor:
+        """`(B, K, 1, G, T)`, a number a row, `-> (*lead, G, rows)`."""
+        return self._cut_rows(x, place)[:, :, 0]
+
+    def _cut_rows(self, x, place):
         starts = (place.batch, place.group, 0, 0, place.row)
         x = ops.slice(x, starts, (*self.lead, *x.shape[2:4], self.rows.size))
         return self.operand(x)
+
+    def new_rows(self, width: int) -> Tensor:
+        """Returns zeros as products give rows of a width."""
+        shape = [*self.lead, self.shared, self.rows.size]
+        shape.insert(self.features, width)
+        return ops.zeros(shape, dtype=self.dtype)
+
+    def beside_rows(self, numbers: Tensor) -> Tensor:
+        """`(*lead, G, rows)`, a number a row, as rows of width 1."""
+        return ops.expand_dims(numbers, self.features)
 
     def cut_columns(self, x: Tensor, place: Place) -> Tensor:
         """`(B, K, width, S) -> (*lead, width, columns)`, as an operand."""
@@ -253,7 +280,7 @@ class Walk:
     def put_rows(self, tiles: Any, place: Place, x: Tensor) -> Any:
         """Returns the tiles with the result for these rows put in."""
         index = place.chunk * self.rows.count + place.i
-        return self.backend.put_tile(tiles, index, x)
+        return self.backend.put_tile(tiles, index, self.from_rows(x))
 
     def add_columns(self, tiles: Any, place: Place, x: Tensor) -> Any:
         """Returns the tiles with something added to these columns."""

@@ -37,7 +37,7 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
     query, key, value = (
         at_least_float32(tensors[name]) for name in ("query", "key", "value")
     )
-    logits = walk.backend.scores(query * problem.scale, key)
+    logits = walk.backend.scores(walk.as_rows(query * problem.scale), key)
     if problem.logit_soft_cap is not None:
         logits = problem.logit_soft_cap * ops.tanh(logits / problem.logit_soft_cap)
     logits, seen = scores.whole(logits, place)
@@ -50,4 +50,5 @@ def whole(problem: Problem, tensors: dict[str, Any]) -> Tensor:
     weights = weights[..., : ops.shape(seen)[4]] / (1.0 - problem.dropout)
     weights = ops.where(seen, weights, ops.cast(0.0, walk.dtype))
     output = walk.backend.to_rows(scores.dropped(place)(weights), value)
+    output = walk.from_rows(output)
     return ops.cast(output, dtype_name(tensors["query"]))

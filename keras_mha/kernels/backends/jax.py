@@ -23,8 +23,22 @@ LOWERS_LATER = True
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 2
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured.
-FEW_SCORES = 512**2
+# Rows and columns of a tile on a CPU at most, measured: of two heads it takes half a
+# second-level cache.
+LARGEST_TILE = 256
+
+# Where products take and give the features of rows, as an axis of `(*lead, G, rows)`
+# with them: last, with which products are up to 1.3 times as fast on a CPU.
+FEATURES_OF_ROWS = 4
+
+# From how many scores a head tiles are faster than whole scores on a CPU, measured for
+# each kind of call (`thresholds.kind_of`).
+FEW_SCORES = {
+    "plain": 256**2,
+    "causal": 256**2,
+    "dropout": 256**2,
+    "grouped": 384**2,
+}
 FEW_SCORES_IN_ALL = None  # they may be any number
 
 
@@ -85,28 +99,28 @@ def stacked(tiles: Any, count: int) -> Any:
 
 
 def scores(x: Any, y: Any) -> Any:
-    """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
+    """Of rows `(*lead, G, rows, width)` and columns `(*lead, width, columns)` returns
     their products, `(*lead, G, rows, columns)`."""
-    products = _product("bkdr,bkdc->bkrc", _flat_rows(x, 3), y)
-    return products.reshape(*products.shape[:2], *x.shape[3:], products.shape[3])
+    products = _product("bkrd,bkdc->bkrc", _flat_rows(x), y)
+    return products.reshape(*x.shape[:4], y.shape[3])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
     """Returns for rows what columns `(*lead, width, columns)` add up to, with weights
-    `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
-    sums = _product("bkdc,bkrc->bkdr", y, _flat_rows(weights, 2))
-    return sums.reshape(*sums.shape[:3], *weights.shape[2:4])
+    `(*lead, G, rows, columns)`: `(*lead, G, rows, width)`."""
+    sums = _product("bkrc,bkdc->bkrd", _flat_rows(weights), y)
+    return sums.reshape(*weights.shape[:4], y.shape[2])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
-    """Returns for columns what rows `(*lead, width, G, rows)` add up to, with weights
+    """Returns for columns what rows `(*lead, G, rows, width)` add up to, with weights
     `(*lead, G, rows, columns)`: `(*lead, width, columns)`."""
-    return _product("bkdr,bkrc->bkdc", _flat_rows(x, 3), _flat_rows(weights, 2))
+    return _product("bkrd,bkrc->bkdc", _flat_rows(x), _flat_rows(weights))
 
 
-def _flat_rows(x, axis):
+def _flat_rows(x):
     """Folds `G` and rows into one axis: a product along two axes is slow on a CPU."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return x.reshape(*x.shape[:2], -1, x.shape[4])
 
 
 def _product(equation, x, y):
@@ -119,8 +133,28 @@ def _product(equation, x, y):
 
 
 def product(equation: str, x: Any, y: Any) -> Any:
-    """Returns `einsum` of two tensors of one dtype, of half types in float32."""
-    return _product(equation, x, y)
+    """Returns `einsum` of two tensors of one dtype, of half types in float32.
+
+    The axes that are in all three come first, and the larger of `x` and the result
+    stays in its order. What XLA itself makes of these products is up to twice as slow
+    on a CPU: it multiplies the transposed matrices.
+    """
+    many = "ABCDEF"[: x.ndim - len(equation.partition(",")[0].replace("...", ""))]
+    operands, result = equation.replace("...", many).split("->")
+    of_x, of_y = operands.split(",")
+    lead = [axis for axis in result if axis in of_x and axis in of_y]
+    rows = [axis for axis in of_x if axis not in of_y]
+    summed = [axis for axis in of_x if axis not in result]
+    columns = [axis for axis in of_y if axis not in of_x]
+    lengths = dict(zip(of_y, y.shape, strict=True))
+    if all(lengths[a] <= lengths[b] for a, b in zip(summed, columns, strict=True)):
+        rows.sort(key=result.index)
+    ordered_x = "".join(lead + rows + summed)
+    ordered_y = "".join(lead + [axis for axis in of_y if axis not in lead])
+    ordered = "".join(lead + rows + columns)
+    x, y = jnp.einsum(f"{of_x}->{ordered_x}", x), jnp.einsum(f"{of_y}->{ordered_y}", y)
+    found = _product(f"{ordered_x},{ordered_y}->{ordered}", x, y)
+    return jnp.einsum(f"{ordered}->{result}", found)
 
 
 def is_computed_now(x: Any) -> bool:
@@ -277,8 +311,17 @@ def take_along_axis(x: Any, index: Any, axis: int) -> Any:
 
 def with_one_replaced(x: Any, index: Any, new: Any) -> Any:
     """Returns `x` with element `index[b]` of each row `b` replaced by `new[b]`."""
-    # Row by row, which the compiler then need not gather where devices share the batch.
-    return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
+
+    def put():
+        # Row by row, which a compiler need not gather where devices share the batch.
+        return jax.vmap(lambda row, index, new: row.at[index].set(new))(x, index, new)
+
+    if device_kind(x) != "cpu" or not isinstance(x, jax.core.Tracer):
+        return put()
+    # Always so, which the compiler is not to know: it would write the tensor anew for
+    # every operation that reads it, and copy it for that.
+    always = jax.lax.optimization_barrier(jnp.bool_(True))
+    return either(always, put, lambda: x)
 
 
 def drawn(generator: Any, draw: Callable) -> Any:

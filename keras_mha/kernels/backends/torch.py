@@ -24,6 +24,13 @@ LOWERS_LATER = False
 # operation, and little enough to stay in a cache.
 HEADS_PER_TILE = 8
 
+# Rows and columns of a tile on a CPU at most.
+LARGEST_TILE = 512
+
+# Where products take and give the features of rows, as an axis of `(*lead, G, rows)`
+# with them.
+FEATURES_OF_ROWS = 2
+
 # From how many scores a head tiles are faster than whole scores on a CPU, measured.
 FEW_SCORES = 1024**2
 # And from how many of all heads and sequences: arrays of more than 32 MiB are not kept,
