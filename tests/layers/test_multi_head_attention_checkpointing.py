@@ -351,8 +351,10 @@ def test_a_compiled_step(xla):
         return tape.gradient(loss, [x, *weights])
 
     expected, _ = gradients(lambda x: attend(x) * attend(x), layers)
+    # That of the key's bias is 0, but for what rounding leaves of large numbers.
+    most = max(np.abs(x).max() for x in expected)
     for one, other in zip(step(to_tensor(X)), expected, strict=True):
-        np.testing.assert_allclose(to_numpy(one), other, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(to_numpy(one), other, rtol=1e-5, atol=1e-6 * most)
 
 
 @only_tensorflow

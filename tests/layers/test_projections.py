@@ -49,6 +49,19 @@ def test_products_are_what_calls_give(shape, options, monkeypatch):
     np.testing.assert_allclose(to_numpy(layer(x)), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_as_many_heads_of_width_1_as_tokens_have_their_own_biases():
+    """Keras's layers on TensorFlow would add them to the tokens."""
+    layer = keras_mha.MultiHeadAttention(4, 1)
+    layer.build((2, 4, 3))
+    x = random(2, 4, 3)
+    for weight in layer.weights:
+        weight.assign(random(*weight.shape))
+    found = layer(x)
+    one_by_one = [layer(x[:, i : i + 1], x) for i in range(4)]
+    expected = np.concatenate([to_numpy(y) for y in one_by_one], axis=1)
+    np.testing.assert_allclose(to_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_product_needs_no_call_of_a_layer(monkeypatch):
     layer = built()
     called = counted_calls(monkeypatch)

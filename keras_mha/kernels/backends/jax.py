@@ -147,7 +147,8 @@ def product(equation: str, x: Any, y: Any) -> Any:
     summed = [axis for axis in of_x if axis not in result]
     columns = [axis for axis in of_y if axis not in of_x]
     lengths = dict(zip(of_y, y.shape, strict=True))
-    if all(lengths[a] <= lengths[b] for a, b in zip(summed, columns, strict=True)):
+    pairs = [(lengths[a], lengths[b]) for a, b in zip(summed, columns, strict=True)]
+    if all(is_length(a) and is_length(b) and a <= b for a, b in pairs):
         rows.sort(key=result.index)
     ordered_x = "".join(lead + rows + summed)
     ordered_y = "".join(lead + [axis for axis in of_y if axis not in lead])
