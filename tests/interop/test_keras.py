@@ -104,8 +104,8 @@ def calls(draw):
     return queries, keys, options
 
 
-# With as many heads of width 1 as there are tokens, Keras's layers on TensorFlow add the
-# heads' biases to the tokens: `ops.add` takes the second axis for channels.
+# Where there are as many heads of width 1 as tokens, Keras's layers on TensorFlow add
+# the heads' biases to the tokens: `ops.add` takes the second axis for channels.
 WIDTHS_OF_HEADS = st.integers(2 if BACKEND == "tensorflow" else 1, 3)
 
 shared_options = {
