@@ -4,6 +4,7 @@ from typing import Any
 
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import AttentionCall, Device
+from keras_mha.kernels.few_scores import few_of
 from keras_mha.masks import is_plain_causal
 
 # Off a CPU whole scores are the faster, and what speaks against them is their memory.
@@ -11,7 +12,6 @@ from keras_mha.masks import is_plain_causal
 # a few at a time.
 SHARE_OF_MEMORY = 1 / 64
 MEMORY = 16 * 2**30  # bytes of a device, where it does not say
-FEWEST = 2**17  # tiles of fewer are not worth the time that each of them takes
 UNKNOWN_BATCH = 32  # rows of a batch whose size is not known yet
 
 
@@ -23,16 +23,11 @@ def few_scores(
     Args:
         device: The kind of device; `None` counts as a CPU.
         sequences: How many heads and sequences there are.
-        kind: What `kind_of` says of the call: a backend's `FEW_SCORES` are one number
-            for all, or one for each.
+        kind: What `kind_of` says of the call.
     """
     backend = backends.current()
     if device in ("cpu", None):
-        few, in_all = backend.FEW_SCORES, backend.FEW_SCORES_IN_ALL
-        few = few[kind] if isinstance(few, dict) else few
-        if in_all is None:
-            return few
-        return min(few, max(in_all // max(sequences, 1), FEWEST))
+        return few_of(backend.FEW_SCORES, kind, sequences)
     memory = backend.device_memory() or MEMORY
     return int(memory * SHARE_OF_MEMORY) // 4 // max(sequences, 1)
 
@@ -45,13 +40,15 @@ def few_scores_of(call: AttentionCall) -> int:
 
 
 def kind_of(call: AttentionCall) -> str:
-    """Returns `"dropout"`, `"grouped"`, `"causal"` or `"plain"`: the first that a call
-    is."""
+    """Returns `"dropout"`, `"grouped"`, `"causal"`, `"masked"` or `"plain"`: the first
+    that a call is."""
     if call.dropout:
         return "dropout"
     if call.key.shape[2] != call.query.shape[2]:
         return "grouped"
-    return "causal" if is_plain_causal(call.mask) else "plain"
+    if call.mask is None:
+        return "plain"
+    return "causal" if is_plain_causal(call.mask) else "masked"
 
 
 def has_few_scores(call: AttentionCall) -> bool | None:

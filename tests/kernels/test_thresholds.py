@@ -5,10 +5,11 @@ import pytest
 
 from keras_mha.kernels import backends, thresholds
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.few_scores import FewScores
 from keras_mha.masks import Causal, SlidingWindow
 from keras_mha.ops.planner import plan
 
-TABLE = {"plain": 10, "causal": 20, "dropout": 30, "grouped": 40}
+TABLE = {"plain": 10, "causal": 20, "dropout": 30, "grouped": 40, "masked": 50}
 
 
 def a_call(groups=4, **arguments):
@@ -20,8 +21,8 @@ def a_call(groups=4, **arguments):
     ("arguments", "kind"),
     [
         ({}, "plain"),
-        ({"mask": SlidingWindow(3)}, "plain"),
-        ({"mask": Causal(1)}, "plain"),
+        ({"mask": SlidingWindow(3)}, "masked"),
+        ({"mask": Causal(1)}, "masked"),
         ({"mask": Causal()}, "causal"),
         ({"groups": 2}, "grouped"),
         ({"groups": 2, "mask": Causal()}, "grouped"),
@@ -51,4 +52,16 @@ def test_the_planner_goes_by_the_number_of_the_kind(monkeypatch):
 
 def test_numbers_of_kinds_are_of_kinds_that_there_are():
     few = backends.current().FEW_SCORES
-    assert isinstance(few, int) or few.keys() == TABLE.keys()
+    assert not isinstance(few, dict) or few.keys() == TABLE.keys()
+
+
+@pytest.mark.parametrize(
+    ("sequences", "number"), [(0, 100), (1, 100), (10, 90), (30, 30), (100, 20)]
+)
+def test_a_number_may_follow_from_all_heads_and_sequences(
+    monkeypatch, sequences, number
+):
+    few = FewScores(in_all=900, least=20, most=100)
+    for given in (few, TABLE | {"plain": few}):
+        monkeypatch.setattr(backends.current(), "FEW_SCORES", given)
+        assert thresholds.few_scores("cpu", sequences) == number

@@ -9,7 +9,7 @@ from keras_mha.kernels import blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Causal, SlidingWindow
 from keras_mha.ops.planner import plan
-from tests.helpers import only_torch
+from tests.helpers import only_tensorflow, only_torch
 
 BACKEND = keras.backend.backend()
 without_fused = pytest.mark.skipif(
@@ -82,6 +82,19 @@ def test_what_the_fused_kernel_cannot_run_goes_to_tiles_if_long(arguments, why):
 def test_tiles_pay_earlier_where_there_are_many_scores_in_all(batch, length, taken):
     x = keras.KerasTensor((batch, length, 8, 64))
     assert plan(AttentionCall(x, x, x, dropout=0.1)).implementation == taken
+
+
+@only_tensorflow
+@pytest.mark.parametrize(
+    ("batch", "length", "taken"),
+    [(1, 1024, "reference"), (4, 1024, "blockwise"), (1, 2048, "blockwise")],
+)
+def test_masked_tiles_of_few_heads_pay_later(batch, length, taken):
+    x = keras.KerasTensor((batch, length, 8, 64))
+    call = AttentionCall(x, x, x, mask=SlidingWindow(3))
+    assert plan(call).implementation == taken
+    call = AttentionCall(x, x, x, mask=Causal())
+    assert plan(call).implementation == "blockwise"
 
 
 @without_fused

@@ -36,10 +36,10 @@ FEATURES_OF_ROWS = 4
 FEW_SCORES = {
     "plain": 256**2,
     "causal": 256**2,
+    "masked": 256**2,
     "dropout": 256**2,
     "grouped": 384**2,
 }
-FEW_SCORES_IN_ALL = None  # they may be any number
 
 
 def as_written(function: Callable) -> Callable:

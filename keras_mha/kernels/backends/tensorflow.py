@@ -17,6 +17,7 @@ from keras_mha.kernels.backends.tensorflow_differentiable import (
     with_derivatives_of,
 )
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
+from keras_mha.kernels.few_scores import FewScores
 
 __all__ = ["drawn"]  # beside what is defined here
 
@@ -34,9 +35,16 @@ LARGEST_TILE = 512
 # with them.
 FEATURES_OF_ROWS = 2
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured.
-FEW_SCORES = 1024**2
-FEW_SCORES_IN_ALL = None  # they may be any number
+# From how many scores a head tiles are faster than whole scores on a CPU, measured for
+# each kind of call (`thresholds.kind_of`). Where a mask has tiles looked at one by one,
+# those of few heads keep no second core busy.
+FEW_SCORES = {
+    "plain": 1024**2,
+    "causal": 1024**2,
+    "masked": FewScores(in_all=12_000_000, least=1024**2, most=1536**2),
+    "dropout": 1024**2,
+    "grouped": 1024**2,
+}
 
 
 def as_written(function: Callable) -> Callable:

@@ -14,6 +14,7 @@ from keras import ops
 from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
 from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.backends.torch_recomputing import drawn
+from keras_mha.kernels.few_scores import FewScores
 
 __all__ = ["drawn"]  # beside what is defined here
 
@@ -31,11 +32,9 @@ LARGEST_TILE = 512
 # with them.
 FEATURES_OF_ROWS = 2
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured.
-FEW_SCORES = 1024**2
-# And from how many of all heads and sequences: arrays of more than 32 MiB are not kept,
-# and each is fetched from the system anew.
-FEW_SCORES_IN_ALL = 6_000_000
+# From how many scores tiles are faster than whole scores on a CPU, measured: arrays of
+# more than 32 MiB are not kept, and each is fetched from the system anew.
+FEW_SCORES = FewScores(in_all=6_000_000, least=2**17, most=1024**2)
 
 
 def as_written(function: Callable) -> Callable:
