@@ -129,16 +129,22 @@ def kept(seed: Tensor | OfPart, rate: float, head_index: Tensor, tile: Tile) -> 
         What the backend's `keep` takes, of shape `(..., rows, columns)`: each weight is
         kept with a probability of `1 - rate`, to within 2^-31.
     """
-    backend = backends.current()
     if isinstance(seed, OfPart):
         head_index, tile = seed.of_call(head_index, tile)
         seed = seed.pair
+    rows, columns = tile.row_indices, tile.column_indices
+    tensors = seed, head_index, rows, columns
+    return backends.current().as_one_program(_kept, tensors, rate)
+
+
+def _kept(rate, seed, head_index, rows, columns):
     head_index = _among_all_heads(head_index, seed)
     row = _mixed(_mixed(head_index * _HEAD + seed[0]) + seed[1])
-    row = _mixed(row + tile.row_indices * _ROW)
+    row = _mixed(row + rows * _ROW)
     step = _mixed(row + _STEP) * 2 + 1
     threshold = 2 * min(round(rate * 2**31) - 2**30, 2**30 - 1)
-    return backend.at_least(_mixed((tile.column_indices + row) * step), threshold)
+    numbers = _mixed((columns + row) * step)
+    return backends.current().at_least(numbers, threshold)
 
 
 def _among_all_heads(head_index: Tensor, seed: Tensor) -> Tensor:

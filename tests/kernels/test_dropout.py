@@ -7,7 +7,7 @@ import pytest
 
 from keras_mha.kernels import backends, dropout
 from keras_mha.masks import Tile
-from tests.helpers import to_numpy, to_tensor
+from tests.helpers import only_jax, to_numpy, to_tensor
 
 
 def kept(rate=0.5, seed=(1, 2), heads=3, rows=64, columns=64, row=0, column=0):
@@ -79,3 +79,16 @@ def test_seeds_are_independent():
     for seed in [(2, 2), (1, 3), (2, 1)]:
         other = 2.0 * kept(seed=seed, rows=512, columns=512) - 1
         assert abs((first * other).mean()) < 0.006
+
+
+@only_jax
+def test_eagerly_the_bits_come_of_one_program(monkeypatch):
+    head_index = to_tensor(np.zeros((1, 1), "int32"))
+
+    def kept():
+        seed = to_tensor(np.array([3, 4], "int32"))
+        return to_numpy(dropout.kept(seed, 0.25, head_index, Tile(0, 7, 0, 9)))
+
+    first = kept()
+    monkeypatch.setattr(dropout, "_mixed", None)  # no Python is run again
+    np.testing.assert_array_equal(kept(), first)

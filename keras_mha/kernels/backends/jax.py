@@ -1,6 +1,7 @@
 """Loops, tiles and gradients on JAX; loops become `while` loops of the program."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,19 @@ def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
     """Returns `(x ^ (x >> bits)) * factor` of int32, with the sign shifted in and the
     product cut to 32 bits; `x` may be written over."""
     return (x ^ (x >> bits)) * factor
+
+
+def as_one_program(function: Callable, tensors: tuple, option: Any) -> Any:
+    """Returns `function(option, *tensors)`, where it pays run as one program."""
+    if not all(map(is_computed_now, tensors)):
+        return function(option, *tensors)  # which becomes part of one
+    # Each operation would be looked up and sent off by itself.
+    return _program(function)(option, *tensors)
+
+
+@functools.cache
+def _program(function):
+    return jax.jit(function, static_argnums=0)
 
 
 def at_least(numbers: Any, threshold: int) -> Any:

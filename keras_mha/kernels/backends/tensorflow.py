@@ -202,6 +202,11 @@ def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, bits)) * factor
 
 
+def as_one_program(function: Callable, tensors: tuple, option: Any) -> Any:
+    """Returns `function(option, *tensors)`, where it pays run as one program."""
+    return function(option, *tensors)
+
+
 def at_least(numbers: Any, threshold: int) -> Any:
     """Returns which int32 are not below a threshold, as `keep` takes it."""
     return numbers >= threshold
