@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -289,8 +290,8 @@ def test_far_keys_of_alibi_are_not_looked_at(taken):
     shape = (1, 200, 200, 2, 2, 8, 8)
     *arrays, cotangent = drawn(shape)
     arrays[2][:, :20] = np.nan
-    function = lambda *x: keras_mha.dot_product_attention(  # noqa: E731
-        *x,
+    function = functools.partial(
+        keras_mha.dot_product_attention,
         mask=masks.Causal(),
         position_bias=Slopes((2.0, 1.0)),
         implementation="fused",

@@ -31,12 +31,10 @@ from collections.abc import Iterator
 import torch
 from keras import ops
 from torch.nn import functional
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from keras_mha._keras import Tensor
 from keras_mha.biases import DistanceBias
-from keras_mha.kernels.backends.torch import splits_sequences
-from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
+from keras_mha.kernels.backends.torch_differentiable import of_formula
 from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.torch_kernels import flash_cpu
@@ -45,7 +43,7 @@ from keras_mha.kernels.torch_kernels.diagonal_gradients import (
     Gradients,
     Scores,
 )
-from keras_mha.masks import is_plain_causal, whole_tile
+from keras_mha.masks import whole_tile
 
 # Rows of a slice, measured: with fewer the calls cost more, with more the keys that
 # only some of the rows may see.
@@ -59,21 +57,12 @@ _ROUNDING = 1e-3  # The bound is raised by this share, more than products are ro
 def takes(call: AttentionCall) -> bool:
     """Whether this way is open to a call without dropout of many rows."""
     bias = call.position_bias
-    if not (flash_cpu.IS_THERE and isinstance(bias, DistanceBias)):
+    if call.bias is not None or not isinstance(bias, DistanceBias):
         return False
     is_along_diagonals = type(bias).block is DistanceBias.block
     if not (is_along_diagonals and bias.positions.are_counted and bias.is_finite):
         return False
-    if call.bias is not None or call.device_kind != "cpu":
-        return False
-    if not (call.mask is None or is_plain_causal(call.mask)):
-        return False
-    if any(hasattr(x, "placements") for x in (call.query, call.key, call.value)):
-        return False  # processes share them
-    if 0 in call.scores_shape or takes_formula() or splits_sequences():
-        return False
-    # There others look at each operation, perhaps of tensors without numbers.
-    return torch.compiler.is_compiling() or not is_in_torch_dispatch_mode()
+    return flash_cpu.takes(call)
 
 
 def attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,8 +7,28 @@ and do what is asked of them.
 """
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from keras_mha._keras import Tensor
+from keras_mha.kernels.backends.torch import splits_sequences
+from keras_mha.kernels.backends.torch_differentiable import takes_formula
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.masks import is_plain_causal
+
+
+def takes(call: AttentionCall) -> bool:
+    """Whether a call without dropout may be given to these operators, whatever else it
+    adds to its scores."""
+    if not IS_THERE or call.device_kind != "cpu" or 0 in call.scores_shape:
+        return False
+    if not (call.mask is None or is_plain_causal(call.mask)):
+        return False
+    if any(hasattr(x, "placements") for x in (call.query, call.key, call.value)):
+        return False  # processes share them
+    if takes_formula() or splits_sequences():
+        return False
+    # There others look at each operation, perhaps of tensors without numbers.
+    return torch.compiler.is_compiling() or not is_in_torch_dispatch_mode()
 
 
 def forward(

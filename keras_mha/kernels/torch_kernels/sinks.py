@@ -17,29 +17,19 @@ References:
 """
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from keras_mha._keras import Tensor
-from keras_mha.kernels.backends.torch import is_computed_now, splits_sequences
-from keras_mha.kernels.backends.torch_differentiable import of_formula, takes_formula
+from keras_mha.kernels.backends.torch import is_computed_now
+from keras_mha.kernels.backends.torch_differentiable import of_formula
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.kernels.torch_kernels import flash_cpu
-from keras_mha.masks import is_plain_causal
 
 
 def takes(call: AttentionCall) -> bool:
     """Whether this way is open to a call with a sink and without dropout."""
-    if not flash_cpu.IS_THERE or call.device_kind != "cpu":
+    if call.has_bias or call.scale <= 0 or not is_computed_now(call.query):
         return False
-    if call.has_bias or call.scale <= 0 or 0 in call.scores_shape:
-        return False
-    if not (call.mask is None or is_plain_causal(call.mask)):
-        return False
-    if any(hasattr(x, "placements") for x in (call.query, call.key, call.value)):
-        return False  # processes share them
-    if takes_formula() or splits_sequences() or is_in_torch_dispatch_mode():
-        return False
-    return is_computed_now(call.query)
+    return flash_cpu.takes(call)
 
 
 def attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
