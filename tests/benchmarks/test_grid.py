@@ -1,6 +1,7 @@
 """The grid measures what it says, loses nothing when it is stopped, and is told."""
 
 import itertools
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,6 +184,30 @@ def test_the_ratio_and_the_first_call_are_told():
 def test_slow_calls_take_few_rounds_and_fast_ones_many(seconds, count):
     found = timed(seconds, seconds)["ratio"]["rounds"]
     assert found == pytest.approx(count, rel=0.05)
+
+
+def test_rounds_go_on_while_the_median_is_not_known():
+    now, scattered = [0.0], itertools.cycle([0.002, 0.004])
+
+    def ours():
+        now[0] += 0.002
+
+    def theirs():
+        now[0] += next(scattered)
+
+    functions = {"keras_mha": ours, "keras": theirs}
+    found = rounds.compare(functions, clock=lambda: now[0])
+    assert found["ratio"]["rounds"] > 400  # of 5 ms each, where 0.5 s are the least
+
+
+def test_rounds_end_where_the_median_stays_unknown():
+    now, scattered = [0.0], random.Random(0)
+
+    def call():
+        now[0] += scattered.choice([0.02, 0.4])
+
+    rounds.compare({"keras_mha": call, "keras": call}, clock=lambda: now[0])
+    assert rounds.PATIENCE <= now[0] < 2 * rounds.PATIENCE
 
 
 # ----------------------------------------------------------------- what is kept
