@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mha._keras import Tensor
-from keras_mha.kernels import backends, dropout
+from keras_mha.kernels import backends, dropout, one_program
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.half_products import as_operand, factors_of_scale, times
 from keras_mha.kernels.masking import (
@@ -41,6 +41,10 @@ from keras_mha.masks import Tile, is_plain_causal
 def attend(call: AttentionCall) -> Attended:
     """Runs one call of attention."""
     seed = dropout.seed_of(call) if 0 < call.dropout < 1 else None
+    return one_program.run(_attend, call, seed)
+
+
+def _attend(call, seed):
     output, weights, lse = attend_rows(call, whole(call), seed)
     if weights is not None:
         weights = ops.cast(weights, call.query.dtype)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 import keras_mha
-from tests.helpers import only_torch, to_numpy
+from keras_mha.kernels import backends
+from tests.helpers import only_jax, only_torch, to_numpy
 
 LAYERS = ("query_dense", "key_dense", "value_dense", "output_dense")
 
@@ -67,6 +68,20 @@ def test_a_product_needs_no_call_of_a_layer(monkeypatch):
     called = counted_calls(monkeypatch)
     layer(random(2, 5, 8))
     assert called == []
+
+
+@only_jax
+def test_nor_does_an_eager_gradient(monkeypatch):
+    import jax
+
+    layer, x = built(), random(2, 5, 8)
+    called = counted_calls(monkeypatch)
+    gradient = jax.grad(lambda x: layer(x).sum())
+    found = gradient(x)
+    assert called == []
+    monkeypatch.setattr(backends.current(), "is_better_multiplied", lambda x: False)
+    np.testing.assert_allclose(found, gradient(x), rtol=1e-4, atol=1e-5)
+    assert len(called) == 4
 
 
 def counted_calls(monkeypatch):

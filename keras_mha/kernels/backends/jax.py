@@ -166,7 +166,7 @@ def is_computed_now(x: Any) -> bool:
 
 def is_better_multiplied(x: Any) -> bool:
     """Whether `multiplied` is better than a call of the layer that does the same."""
-    return is_computed_now(x)  # of a program nothing is left of the call
+    return is_better_as_program()  # of a program nothing is left of the call
 
 
 def is_called_plainly(layer: Any) -> bool:
@@ -174,6 +174,7 @@ def is_called_plainly(layer: Any) -> bool:
     return True  # with torch's modules some can
 
 
+@functools.partial(jax.jit, static_argnums=3)
 def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
     """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
     y = jnp.tensordot(x, kernel, axes)
@@ -196,17 +197,24 @@ def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
     return (x ^ (x >> bits)) * factor
 
 
+def is_better_as_program() -> bool:
+    """Whether operations are run one by one, and would be faster as one program."""
+    # What is made of nothing is traced in a program, not in a gradient or a `vmap`.
+    return is_computed_now(jax.lax.full((), 0))
+
+
 def as_one_program(function: Callable, tensors: tuple, option: Any) -> Any:
-    """Returns `function(option, *tensors)`, where it pays run as one program."""
-    if not all(map(is_computed_now, tensors)):
+    """Returns `function(option, *tensors)`, where it is better run as one program."""
+    if not is_better_as_program():
         return function(option, *tensors)  # which becomes part of one
-    # Each operation would be looked up and sent off by itself.
-    return _program(function)(option, *tensors)
+    # How heads are shared is no tensor either.
+    distribution = keras.distribution.distribution()
+    return _program(function, distribution)(option, *tensors)
 
 
 @functools.cache
-def _program(function):
-    return jax.jit(function, static_argnums=0)
+def _program(function, distribution):
+    return jax.jit(functools.partial(function), static_argnums=0)
 
 
 def at_least(numbers: Any, threshold: int) -> Any:

@@ -202,8 +202,13 @@ def xor_shifted_times(x: Any, bits: int, factor: int) -> Any:
     return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, bits)) * factor
 
 
+def is_better_as_program() -> bool:
+    """Whether operations are run one by one, and would be faster as one program."""
+    return False
+
+
 def as_one_program(function: Callable, tensors: tuple, option: Any) -> Any:
-    """Returns `function(option, *tensors)`, where it pays run as one program."""
+    """Returns `function(option, *tensors)`, where it is better run as one program."""
     return function(option, *tensors)
 
 
