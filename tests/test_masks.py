@@ -179,6 +179,42 @@ def test_a_single_position_mask_knows_every_empty_and_full_tile(mask, tile):
     assert mask.status(tile) == expected
 
 
+def certain_masks():
+    leaves = st.one_of(
+        st.builds(masks.Causal, st.integers(-12, 12)),
+        st.builds(masks.SlidingWindow, st.integers(1, 12)),
+        st.builds(masks.Prefix, st.integers(0, 12)),
+        st.builds(lambda n: masks.Causal() & masks.SlidingWindow(n), st.integers(1, 9)),
+        st.builds(lambda n: masks.SlidingWindow(n) & masks.Causal(), st.integers(1, 9)),
+    )
+    return st.one_of(leaves, st.builds(masks.Or, leaves, leaves))
+
+
+@given(mask=certain_masks(), tile=tiles())
+def test_where_a_certain_mask_is_mixed_somebody_may_attend(mask, tile):
+    assert masks.is_certain(mask)
+    if mask.status(tile) == "mixed":
+        assert to_numpy(mask.block(tile)).any()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Causal(np.array([1, 2])),
+        masks.Prefix(np.array([1, 2])),
+        masks.Padding(np.ones((2, S), bool)),
+        masks.Where(lambda i, j: i == j),
+        ~masks.Causal(),
+        masks.Causal(-5) & masks.SlidingWindow(2),
+        masks.Causal() & masks.Prefix(2),
+        masks.Causal() | masks.Where(lambda i, j: i == j),
+    ],
+    ids=str,
+)
+def test_of_other_masks_it_has_to_turn_out(mask):
+    assert not masks.is_certain(mask)
+
+
 @given(tile=tiles(T, S))
 def test_a_tile_is_cut_out_of_the_whole(tile):
     generator = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.masking import mask_block
 from keras_mha.kernels.tiling import cut_in_pieces, schedule
-from keras_mha.masks import Mask, Tile
+from keras_mha.masks import Mask, Tile, is_certain
 
 
 class Place(NamedTuple):
@@ -122,11 +122,14 @@ class Walk:
             if not masked:
                 return body(place, None, carry)
             allowed = self.allowed(place)
+            if not may_be_empty:
+                return body(place, allowed, carry)
             return self.backend.either(
                 ops.any(allowed), lambda: body(place, allowed, carry), lambda: carry
             )
 
         plan = self.schedule
+        may_be_empty = plan is None or not is_certain(self.mask)
         if plan is None:  # lengths are not known yet: look at every tile
             overlap = self.rows.may_overlap or self.columns.may_overlap
             masked = self.mask is not None or overlap

@@ -23,6 +23,7 @@ from keras_mha.masks.kinds import (
 )
 from keras_mha.masks.kinds import hidden_rows_apart as hidden_rows_apart
 from keras_mha.masks.kinds import is_alike_for_all_rows as is_alike_for_all_rows
+from keras_mha.masks.kinds import is_certain as is_certain
 from keras_mha.masks.kinds import is_plain_causal as is_plain_causal
 from keras_mha.masks.mask import And, Dense, Mask, Not, Or
 from keras_mha.masks.mask import as_mask as as_mask

@@ -221,6 +221,21 @@ def is_plain_causal(mask: Mask | None) -> bool:
     return type(mask) is Causal and isinstance(mask.offset, int) and not mask.offset
 
 
+def is_certain(mask: Mask | None) -> bool:
+    """Whether every tile of which a mask says `"mixed"` is known to hold a pair that
+    may attend."""
+    if type(mask) is Or:
+        return is_certain(mask.left) and is_certain(mask.right)
+    if type(mask) is And:
+        # Where causal is mixed, the diagonal runs, which every window holds.
+        parts = sorted((mask.left, mask.right), key=is_plain_causal)
+        return type(parts[0]) is SlidingWindow and is_plain_causal(parts[1])
+    numbers = {Causal: "offset", SlidingWindow: "size", Prefix: "n"}
+    if type(mask) in numbers:
+        return isinstance(getattr(mask, numbers[type(mask)]), int)
+    return mask is None
+
+
 def is_alike_for_all_rows(mask: Mask) -> bool:
     """Whether a mask is known to hide the same keys from every query of a sequence."""
     if type(mask) in (And, Or):

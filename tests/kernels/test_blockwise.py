@@ -264,6 +264,27 @@ def test_tiles_in_which_nobody_may_attend_are_not_computed(mask):
         np.testing.assert_allclose(found, expected[f"d{name}"], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("mask", "asks"),
+    [(masks.Causal(), False), (masks.Causal() & masks.Where(keras.ops.less_equal), True)],
+    ids=["one that says it of every tile", "one that may say too little"],
+)
+def test_only_where_it_must_turn_out_is_a_tile_asked_for_its_pairs(
+    mask, asks, monkeypatch
+):
+    monkeypatch.setattr(tiling, "TILE", 16)
+    asked, either = [], backends.current().either
+
+    def counted(*arguments):
+        asked.append(arguments)
+        return either(*arguments)
+
+    monkeypatch.setattr(backends.current(), "either", counted)
+    x = to_tensor(np.ones((1, 48, 2, 4)))
+    keras_mha.dot_product_attention(x, x, x, mask=mask, implementation="blockwise")
+    assert bool(asked) == asks
+
+
 @only_jax
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_grows_with_the_length_and_not_with_its_square(dropout, monkeypatch):

@@ -86,12 +86,13 @@ def new_tiles(count: int, shape: tuple, dtype: str, like: Any) -> Any:
 
 def put_tile(tiles: Any, index: Any, tile: Any) -> Any:
     """Returns the tiles with one of them written."""
-    return tiles.at[index].set(tile)
+    return jax.lax.dynamic_update_index_in_dim(tiles, tile, index, 0)
 
 
 def add_tile(tiles: Any, index: Any, tile: Any) -> Any:
     """Returns the tiles with something added to one of them."""
-    return tiles.at[index].add(tile)
+    old = jax.lax.dynamic_index_in_dim(tiles, index, keepdims=False)
+    return put_tile(tiles, index, old + tile)
 
 
 def stacked(tiles: Any, count: int) -> Any:
