@@ -266,7 +266,10 @@ def test_tiles_in_which_nobody_may_attend_are_not_computed(mask):
 
 @pytest.mark.parametrize(
     ("mask", "asks"),
-    [(masks.Causal(), False), (masks.Causal() & masks.Where(keras.ops.less_equal), True)],
+    [
+        (masks.Causal(), False),
+        (masks.Causal() & masks.Where(keras.ops.less_equal), True),
+    ],
     ids=["one that says it of every tile", "one that may say too little"],
 )
 def test_only_where_it_must_turn_out_is_a_tile_asked_for_its_pairs(
