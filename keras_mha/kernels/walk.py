@@ -128,10 +128,11 @@ class Walk:
                 ops.any(allowed), lambda: body(place, allowed, carry), lambda: carry
             )
 
-        plan = self.schedule
-        may_be_empty = plan is None or not is_certain(self.mask)
+        plan, overlap = self.schedule, self.rows.may_overlap or self.columns.may_overlap
+        # What a mask says is of a whole tile, and not of what is new in it.
+        is_sure = is_certain(self.mask) and not (overlap and self.mask is not None)
+        may_be_empty = plan is None or not is_sure
         if plan is None:  # lengths are not known yet: look at every tile
-            overlap = self.rows.may_overlap or self.columns.may_overlap
             masked = self.mask is not None or overlap
             return self.backend.loop(
                 self.columns.count, lambda j, carry: visit(j, masked, carry), carry
