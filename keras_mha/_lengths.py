@@ -4,7 +4,14 @@ from typing import Any
 
 from keras import ops
 
-from keras_mha._keras import larger, smaller
+from keras_mha._keras import Tensor, larger, smaller
+
+
+def shape_of(x: Tensor) -> tuple[Any, ...]:
+    """Returns `ops.shape(x)`, for which TensorFlow runs an operation even where all
+    lengths are known."""
+    shape = tuple(x.shape)
+    return shape if all(type(length) is int for length in shape) else ops.shape(x)
 
 
 def unless_one(length: Any, other: Any, one: int = 1) -> Any:

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_mha import _checks
 from keras_mha._keras import Tensor, at_least_float32, dtype_name
+from keras_mha._lengths import shape_of
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Mask, Tile, whole_tile
 
@@ -17,7 +18,7 @@ LOWEST = -1e30
 
 def whole(call: AttentionCall) -> Tile:
     """Returns the tile of all scores of a call."""
-    return whole_tile(ops.shape(call.query)[1], ops.shape(call.key)[1])
+    return whole_tile(shape_of(call.query)[1], shape_of(call.key)[1])
 
 
 def bias_block(call: AttentionCall, tile: Tile) -> Tensor | None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mha._keras import Tensor
+from keras_mha._lengths import shape_of
 from keras_mha.kernels import backends, dropout, one_program
 from keras_mha.kernels.call import Attended, AttentionCall
 from keras_mha.kernels.half_products import as_operand, factors_of_scale, times
@@ -185,7 +186,9 @@ def _seen(allowed: Tensor | None, call: AttentionCall) -> Tensor | None:
     if allowed is None or (not call.has_bias and is_plain_causal(call.mask)):
         return None
     seen = ops.any(allowed, axis=-1, keepdims=True)
-    return ops.reshape(seen, (*(1,) * (4 - len(seen.shape)), *ops.shape(seen)))
+    if len(seen.shape) == 4:
+        return seen
+    return ops.reshape(seen, (*(1,) * (4 - len(seen.shape)), *shape_of(seen)))
 
 
 def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> Tensor:
@@ -193,7 +196,7 @@ def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> T
         return weights
     if rate == 1:
         return weights * 0.0
-    batch, heads = ops.shape(weights)[:2]
+    batch, heads = shape_of(weights)[:2]
     head_index = ops.reshape(
         ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1)
     )
@@ -207,8 +210,8 @@ def _product(equation: str, x: Tensor, y: Tensor) -> Tensor:
 
 def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, T, N, H), (B, S, K, H) -> (B, N, T, S)`."""
-    batch, rows, heads, width = ops.shape(query)
-    columns, groups = ops.shape(key)[1:3]
+    batch, rows, heads, width = shape_of(query)
+    columns, groups = shape_of(key)[1:3]
     if _is_one(query.shape[1]) and not backends.current().may_share_heads(key):
         return _one_query_dot_key(query, key)
     if groups == heads:
@@ -221,8 +224,8 @@ def _query_dot_key(query: Tensor, key: Tensor) -> Tensor:
 
 def _weighted_values(weights: Tensor, value: Tensor) -> Tensor:
     """`(B, N, T, S), (B, S, K, V) -> (B, T, N, V)`."""
-    batch, heads, rows, columns = ops.shape(weights)
-    groups, width = ops.shape(value)[2:]
+    batch, heads, rows, columns = shape_of(weights)
+    groups, width = shape_of(value)[2:]
     if _is_one(weights.shape[2]) and not backends.current().may_share_heads(value):
         return _values_of_one_query(weights, value)
     if groups == heads:
@@ -251,8 +254,8 @@ def _is_one(length: Any) -> bool:
 
 def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:
     """`(B, 1, N, H), (B, S, K, H) -> (B, N, 1, S)`."""
-    batch, _, heads, width = ops.shape(query)
-    columns, groups = ops.shape(key)[1:3]
+    batch, _, heads, width = shape_of(query)
+    columns, groups = shape_of(key)[1:3]
     query = ops.reshape(query, (batch, groups, heads // groups, 1, width))
     own = ops.reshape(ops.eye(groups, dtype=query.dtype), (groups, 1, groups, 1))
     query = ops.reshape(query * own, (batch, heads, groups * width))
@@ -262,8 +265,8 @@ def _one_query_dot_key(query: Tensor, key: Tensor) -> Tensor:
 
 def _values_of_one_query(weights: Tensor, value: Tensor) -> Tensor:
     """`(B, N, 1, S), (B, S, K, V) -> (B, 1, N, V)`."""
-    batch, heads, _, columns = ops.shape(weights)
-    groups, width = ops.shape(value)[2:]
+    batch, heads, _, columns = shape_of(weights)
+    groups, width = shape_of(value)[2:]
     value = ops.reshape(value, (batch, columns, groups * width))
     output = _product("bns,bsd->bnd", weights[:, :, 0], value)
     output = ops.reshape(output, (batch, groups, heads // groups, groups, width))

@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_mha._keras import Tensor, dtype_name
+from keras_mha._lengths import shape_of
 from keras_mha.layers.arguments import Call
 from keras_mha.masks import (
     Causal,
@@ -50,8 +51,8 @@ def spread(mask: Tensor, x: Tensor) -> Tensor:
     missing = len(x.shape) - 1 - len(mask.shape)
     if missing == 0:
         return mask
-    mask = ops.reshape(mask, (*ops.shape(mask), *(1,) * missing))
-    return ops.broadcast_to(mask, ops.shape(x)[:-1])
+    mask = ops.reshape(mask, (*shape_of(mask), *(1,) * missing))
+    return ops.broadcast_to(mask, shape_of(x)[:-1])
 
 
 def _attention_mask(call):
@@ -60,7 +61,7 @@ def _attention_mask(call):
         return mask
     mask = as_booleans("attention_mask", mask, warn=True)
     if not axes.is_plain:
-        mask = ops.reshape(mask, axes.expand_mask(tuple(ops.shape(mask))))
+        mask = ops.reshape(mask, axes.expand_mask(tuple(shape_of(mask))))
         mask = axes.fold_scores(mask, call.query, call.value)
     return Dense(mask)
 

@@ -15,6 +15,7 @@ from typing import Any
 from keras import ops
 
 from keras_mha._keras import Tensor
+from keras_mha._lengths import shape_of
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import And, Mask, Padding, Segments
 from keras_mha.ops.tensors import known_numbers, take_along_axis
@@ -82,14 +83,14 @@ def zero_unless(visible: Tensor | None, x: Tensor) -> Tensor:
     if visible is None:
         return x
     visible = with_rank(len(x.shape), ops.cast(visible, "bool"))
-    return ops.where(visible, x, ops.zeros((), dtype=x.dtype))
+    return ops.where(visible, x, ops.cast(0.0, x.dtype))
 
 
 def with_rank(rank: int, mask: Tensor | None) -> Tensor | None:
     """Returns a mask of the leading axes with axes of length 1 behind them."""
     if mask is None or len(mask.shape) == rank:
         return mask
-    return ops.reshape(mask, (*ops.shape(mask), *(1,) * (rank - len(mask.shape))))
+    return ops.reshape(mask, (*shape_of(mask), *(1,) * (rank - len(mask.shape))))
 
 
 def finite_tokens(x: Tensor, axes: int) -> Tensor:
@@ -124,8 +125,8 @@ def spoilt_queries(
     """
     reached = [
         _has_equal(
-            ops.broadcast_to(mask.query_ids, ops.shape(good_query)),
-            ops.broadcast_to(mask.key_ids, ops.shape(good_key)),
+            ops.broadcast_to(mask.query_ids, shape_of(good_query)),
+            ops.broadcast_to(mask.key_ids, shape_of(good_key)),
             ops.logical_not(good_key),
         )
         for mask in segments
@@ -137,17 +138,15 @@ def spoilt_queries(
 def _has_equal(ids: Tensor, others: Tensor, wanted: Tensor) -> Tensor:
     """Whether each of `ids` is equal to one of the `others` that is wanted; by sorting,
     since comparing all with all would take T x S booleans."""
-    count = ops.shape(others)[1]
+    count = shape_of(others)[1]
     ids = ops.concatenate([others, ops.cast(ids, others.dtype)], axis=1)
-    wanted = ops.pad(
-        ops.cast(wanted, "int32"), ((0, 0), (0, ops.shape(ids)[1] - count))
-    )
+    wanted = ops.pad(ops.cast(wanted, "int32"), ((0, 0), (0, shape_of(ids)[1] - count)))
     order = ops.argsort(ids, axis=1)
     ids = take_along_axis(ids, order, axis=1)
     wanted = take_along_axis(wanted, order, axis=1)
     # Equal ids stand side by side now: counted up to the last and before the first.
-    length = ops.shape(ids)[1]
-    index = ops.broadcast_to(ops.arange(length, dtype="int32")[None], ops.shape(ids))
+    length = shape_of(ids)[1]
+    index = ops.broadcast_to(ops.arange(length, dtype="int32")[None], shape_of(ids))
     edge = ops.ones_like(ids[:, :1], dtype="bool")
     changes = ops.not_equal(ids[:, 1:], ids[:, :-1])
     is_first = ops.concatenate([edge, changes], axis=1)

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_mha._lengths import shape_of
 from keras_mha.kernels.backends.tensorflow_differentiable import (
     in_forward_mode,
     pulled_back,
@@ -109,7 +110,7 @@ def scores(x: Any, y: Any) -> Any:
     """Of rows `(*lead, width, G, rows)` and columns `(*lead, width, columns)` returns
     their products, `(*lead, G, rows, columns)`."""
     products = _product(_flat_rows(x, 3), y, transpose_a=True)
-    return _apart(products, 2, ops.shape(x)[3:])
+    return _apart(products, 2, shape_of(x)[3:])
 
 
 def to_rows(weights: Any, y: Any) -> Any:
@@ -117,7 +118,7 @@ def to_rows(weights: Any, y: Any) -> Any:
     `(*lead, G, rows, columns)`: `(*lead, width, G, rows)`."""
     # Faster by half than the product that gives the transpose at once.
     sums = _product(_flat_rows(weights, 2), y, transpose_b=True)
-    return _apart(tf.linalg.matrix_transpose(sums), 3, ops.shape(weights)[2:4])
+    return _apart(tf.linalg.matrix_transpose(sums), 3, shape_of(weights)[2:4])
 
 
 def to_columns(weights: Any, x: Any) -> Any:
@@ -139,14 +140,14 @@ def _product(x, y, **transposed):
 
 def _flat_rows(x: Any, axis: int) -> Any:
     """Folds `G` and rows into one axis, as products take them."""
-    shape = ops.shape(x)
+    shape = shape_of(x)
     rows = shape[axis] * shape[axis + 1]
     return ops.reshape(x, (*shape[:axis], rows, *shape[axis + 2 :]))
 
 
 def _apart(x: Any, axis: int, lengths: tuple) -> Any:
     """The way back from `_flat_rows`."""
-    shape = ops.shape(x)
+    shape = shape_of(x)
     return ops.reshape(x, (*shape[:axis], *lengths, *shape[axis + 1 :]))
 
 
@@ -176,13 +177,25 @@ def is_called_plainly(layer: Any) -> bool:
 
 def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
     """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
-    shape = (*ops.shape(x)[: len(x.shape) - axes], *kernel.shape[axes:])
-    width = math.prod(kernel.shape[:axes])
-    kernel = tf.reshape(kernel, (width, math.prod(kernel.shape[axes:])))
-    y = tf.matmul(tf.reshape(x, (-1, width)), kernel)
+    shape = (*shape_of(x)[: len(x.shape) - axes], *kernel.shape[axes:])
+    width, out = math.prod(kernel.shape[:axes]), math.prod(kernel.shape[axes:])
+    y = tf.matmul(_reshaped(x, (-1, width)), _reshaped(kernel, (width, out)))
     if bias is not None:
-        y = tf.nn.bias_add(y, tf.reshape(bias, (-1,)))
-    return tf.reshape(y, shape)
+        y = tf.nn.bias_add(y, _reshaped(bias, (-1,)))
+    return _reshaped(y, shape)
+
+
+def _reshaped(x, shape):
+    if not tf.executing_eagerly():
+        return tf.reshape(x, shape)
+    # Ten times as fast as with a variable, or with a shape that is no tensor yet.
+    return tf.reshape(tf.convert_to_tensor(x), _shape_tensor(shape))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_tensor(shape):
+    with tf.init_scope(), tf.device("CPU"):
+        return tf.constant(shape, "int32")
 
 
 def row_max(x: Any) -> Any:
