@@ -68,12 +68,14 @@ class Problem:
         """Returns the problem as it is computed on a kind of device."""
         if self.device is not None:
             return self
-        if device != "cpu":
-            return replace(self, device=device, groups_at_once=None)
-        tile = self.tile
-        if tile is not None:
-            tile = min(tile, backends.current().LARGEST_TILE)
-        return replace(self, device=device, tile=tile)
+        is_cpu = device == "cpu"
+        most = backends.current().LARGEST_TILE if is_cpu else tiling.USUAL
+        return replace(
+            self,
+            device=device,
+            groups_at_once=self.groups_at_once if is_cpu else None,
+            tile=None if self.tile is None else min(self.tile, most),
+        )
 
     @property
     def half_products(self) -> bool:

@@ -9,9 +9,9 @@ from keras_mha._keras import Tensor
 from keras_mha._lengths import longer, shorter
 from keras_mha.masks import Mask, Tile
 
-# Rows and columns of a tile. Measured on CPUs: at 512 x 512 a tile of one or two heads
-# stays in the second-level cache and its matrix products are large enough to be fast.
-TILE = 512
+# Rows and columns of a tile at most, and as many as they usually are: on a CPU each
+# backend has measured its own (`LARGEST_TILE`).
+TILE, USUAL = 1024, 512
 _MULTIPLE = 16  # of numbers, what vector instructions take at once
 
 

@@ -104,10 +104,10 @@ def _checked_mask(mask: Any) -> Mask:
 
 def _pieces(tile: Any, rows: int, columns: int) -> tuple[Pieces, Pieces]:
     longer = max(rows, columns)
-    if tile is None and longer >= 2 * tiling.TILE:
+    if tile is None and longer >= 2 * tiling.USUAL:
         return (
-            tiling.cut_in_pieces(rows, tiling.TILE),
-            tiling.cut_in_pieces(columns, tiling.TILE),
+            tiling.cut_in_pieces(rows, tiling.USUAL),
+            tiling.cut_in_pieces(columns, tiling.USUAL),
         )
     if tile is None:
         tile = _small_tile(rows, columns)

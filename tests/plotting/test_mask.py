@@ -89,7 +89,7 @@ def test_tiles_are_classed_as_the_kernels_class_them(mask, tile):
 
 
 def test_long_masks_are_cut_as_the_kernels_cut_them():
-    pieces = tiling.cut_in_pieces(1100, tiling.TILE)
+    pieces = tiling.cut_in_pieces(1100, tiling.USUAL)
     plan = tiling.schedule(masks.Causal(), pieces, pieces)
     figure = plot_mask(masks.Causal(), 1100)
     total = pieces.count**2

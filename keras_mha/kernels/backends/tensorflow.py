@@ -25,27 +25,19 @@ __all__ = ["drawn"]  # beside what is defined here
 # Whether programs are lowered later, and perhaps for another kind of device.
 LOWERS_LATER = False
 
-# How many heads share a tile on a CPU, measured: enough work for one call of an
-# operation, and little enough to stay in a cache.
-HEADS_PER_TILE = 2
-
-# Rows and columns of a tile on a CPU at most.
-LARGEST_TILE = 512
+# How many heads share a tile on a CPU, and rows and columns of one at most, measured:
+# tiles of 1024 take three quarters of the time of such of 512, with two heads each.
+HEADS_PER_TILE = 1
+LARGEST_TILE = 1024
 
 # Where products take and give the features of rows, as an axis of `(*lead, G, rows)`
 # with them.
 FEATURES_OF_ROWS = 2
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured for
-# each kind of call (`thresholds.kind_of`). Where a mask has tiles looked at one by one,
-# those of few heads keep no second core busy.
-FEW_SCORES = {
-    "plain": 1024**2,
-    "causal": 1024**2,
-    "masked": FewScores(in_all=12_000_000, least=1024**2, most=1536**2),
-    "dropout": 1024**2,
-    "grouped": 1024**2,
-}
+# From how many scores a head tiles are faster than whole scores on a CPU, measured: for
+# each kind of call (`thresholds.kind_of`) 1024 x 1024 of a sequence or a few, 768 x 768
+# of a batch of 8.
+FEW_SCORES = FewScores(in_all=64 * 704**2, least=640**2, most=1024**2)
 
 
 def as_written(function: Callable) -> Callable:
