@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mha import masks
+from keras_mha.kernels import backends, tiling
+from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.problem import prepared
 from keras_mha.kernels.tiling import cut_in_pieces, schedule
 from tests.helpers import to_numpy, to_tensor
 
@@ -83,3 +89,12 @@ def test_a_causal_mask_leaves_a_triangle_of_tiles_mixed_on_the_diagonal():
     plan = schedule(masks.Causal(), pieces, pieces)
     np.testing.assert_array_equal(plan.live, np.arange(1, 9))
     np.testing.assert_array_equal(plan.full, np.arange(8))
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu", "other"])
+def test_devices_that_have_measured_none_get_tiles_of_the_usual_size(device):
+    x = to_tensor(np.zeros((1, 4, 2, 4)))
+    problem, _ = prepared(AttentionCall(x, x, x))
+    problem = dataclasses.replace(problem, device=None, tile=tiling.TILE)
+    assert problem.lowered_for(device).tile == tiling.USUAL
+    assert problem.lowered_for("cpu").tile == backends.current().LARGEST_TILE
