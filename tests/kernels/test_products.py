@@ -1,12 +1,15 @@
 """Products of whole scores, by every equation that the formula is written with."""
 
+import functools
+
 import numpy as np
 import pytest
 from keras import ops
 
 from keras_mha.kernels import backends
+from tests.helpers import only_jax
 
-LENGTHS = {"b": 2, "t": 3, "s": 5, "k": 2, "g": 3, "n": 4, "h": 7, "v": 4, "d": 6}
+LENGTHS = {"b": 2, "s": 5, "k": 2, "g": 3, "h": 7, "v": 4, "d": 6}
 
 
 @pytest.mark.parametrize(
@@ -21,9 +24,10 @@ LENGTHS = {"b": 2, "t": 3, "s": 5, "k": 2, "g": 3, "n": 4, "h": 7, "v": 4, "d": 
     ],
 )
 @pytest.mark.parametrize("keys", [1, 5, 9])  # fewer than features, and more
+@pytest.mark.parametrize("rows", [3, 600])  # small products, and others
 @pytest.mark.parametrize("lead", ["b", "..."])
-def test_products_are_those_of_einsum(x, y, result, keys, lead):
-    lengths = LENGTHS | {"s": keys}
+def test_products_are_those_of_einsum(x, y, result, keys, rows, lead):
+    lengths = LENGTHS | {"s": keys, "t": rows, "n": 4 if "t" in x else rows}
     random = np.random.default_rng(0).normal
     arrays = [
         random(size=[lengths[axis] for axis in axes]).astype("float32")
@@ -35,3 +39,16 @@ def test_products_are_those_of_einsum(x, y, result, keys, lead):
     )
     wanted = np.einsum(equation, *arrays)
     np.testing.assert_allclose(ops.convert_to_numpy(found), wanted, atol=1e-5)
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("length", "transposed"), [(16, False), (31, False), (32, True)]
+)
+def test_only_products_that_are_not_small_are_brought_into_order(length, transposed):
+    import jax
+
+    x = np.zeros((2, length, 4, 64), "float32")
+    product = functools.partial(backends.current().product, "btnh,bsnh->bnts")
+    operations = [eqn.primitive.name for eqn in jax.make_jaxpr(product)(x, x).eqns]
+    assert (len(operations) > 1) == transposed

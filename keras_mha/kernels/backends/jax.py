@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -142,7 +143,7 @@ def product(equation: str, x: Any, y: Any) -> Any:
 
     The axes that are in all three come first, and the larger of `x` and the result
     stays in its order. What XLA itself makes of these products is up to twice as slow
-    on a CPU: it multiplies the transposed matrices.
+    on a CPU: it multiplies the transposed matrices. Small ones are best left to it.
     """
     many = "ABCDEF"[: x.ndim - len(equation.partition(",")[0].replace("...", ""))]
     operands, result = equation.replace("...", many).split("->")
@@ -151,7 +152,9 @@ def product(equation: str, x: Any, y: Any) -> Any:
     rows = [axis for axis in of_x if axis not in of_y]
     summed = [axis for axis in of_x if axis not in result]
     columns = [axis for axis in of_y if axis not in of_x]
-    lengths = dict(zip(of_y, y.shape, strict=True))
+    lengths = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
+    if _is_small(*([lengths[a] for a in axes] for axes in (rows, summed, columns))):
+        return _product(f"{operands}->{result}", x, y)
     pairs = [(lengths[a], lengths[b]) for a, b in zip(summed, columns, strict=True)]
     if all(is_length(a) and is_length(b) and a <= b for a, b in pairs):
         rows.sort(key=result.index)
@@ -161,6 +164,14 @@ def product(equation: str, x: Any, y: Any) -> Any:
     x, y = jnp.einsum(f"{of_x}->{ordered_x}", x), jnp.einsum(f"{of_y}->{ordered_y}", y)
     found = _product(f"{ordered_x},{ordered_y}->{ordered}", x, y)
     return jnp.einsum(f"{ordered}->{result}", found)
+
+
+def _is_small(rows, summed, columns):
+    """Whether a product is of so few rows and columns that its order costs more than
+    it gains: less than 32 of both, measured."""
+    if not all(map(is_length, (*rows, *summed, *columns))):
+        return False
+    return math.prod(rows) * min(math.prod(summed), math.prod(columns)) < 32**2
 
 
 def is_computed_now(x: Any) -> bool:
