@@ -99,3 +99,18 @@ class Whole:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Whole) and self._key == other._key
+
+
+def is_of_package(part: Any) -> bool:
+    """Whether parts are of masks and biases of this package only, and hold nothing that
+    a user wrote."""
+    if isinstance(part, Whole):
+        values = int, float, str, np.ndarray, np.generic, type(None)
+        return isinstance(part.value, values)
+    if isinstance(part, Parts):
+        module = getattr(part.kind, "__module__", "")
+        is_known = module.partition(".")[0] in ("keras_mha", "builtins")
+        return isinstance(part.kind, type) and is_known and is_of_package(part.parts)
+    if isinstance(part, tuple):
+        return all(map(is_of_package, part))
+    return part is None or isinstance(part, str)

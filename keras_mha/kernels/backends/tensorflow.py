@@ -18,6 +18,7 @@ from keras_mha.kernels.backends.tensorflow_differentiable import (
     with_derivatives_of,
 )
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
+from keras_mha.kernels.backends.tensorflow_repeated import repeated
 from keras_mha.kernels.few_scores import FewScores
 
 __all__ = ["drawn"]  # beside what is defined here
@@ -369,11 +370,14 @@ def with_gradient(
 
     @tf.custom_gradient
     def attention(*inputs):
-        run = unrecorded(lambda *inputs: forward(problem, named(held, inputs)))
+        run = unrecorded(
+            lambda *inputs: repeated(forward, problem, named(held, inputs))
+        )
         output, lse = run(*inputs)
 
         def find(held, output_gradient, *inputs):
-            found = backward(problem, named(held, inputs), output, lse, output_gradient)
+            given = named(held, inputs), output, lse, output_gradient
+            found = repeated(backward, problem, *given)
             return [found[name] for name in names]
 
         def find_by_formula(held, output_gradient, *inputs):
