@@ -209,7 +209,16 @@ def test_where_a_certain_mask_is_mixed_somebody_may_attend(mask, tile):
         masks.Causal() & masks.Prefix(2),
         masks.Causal() | masks.Where(lambda i, j: i == j),
     ],
-    ids=str,
+    ids=[
+        "offsets",
+        "prefixes",
+        "padding",
+        "function",
+        "not",
+        "window behind",
+        "prefix and causal",
+        "function or causal",
+    ],
 )
 def test_of_other_masks_it_has_to_turn_out(mask):
     assert not masks.is_certain(mask)
