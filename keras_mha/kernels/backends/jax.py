@@ -229,6 +229,7 @@ def as_one_program(function: Callable, tensors: tuple, option: Any) -> Any:
 
 @functools.cache
 def _program(function, distribution):
+    # An object of its own for each: JAX finds programs again by their function.
     return jax.jit(functools.partial(function), static_argnums=0)
 
 

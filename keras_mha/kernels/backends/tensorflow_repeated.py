@@ -6,7 +6,6 @@ length that never comes again, as where a text grows: it is done the second time
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +36,7 @@ def repeated(function: Callable, problem: Any, tensors: dict, *others: Any) -> A
 
 
 def _pays(problem, tensors):
-    scores = math.prod((tensors["query"].shape[4], tensors["key"].shape[3]))
+    scores = tensors["query"].shape[4] * tensors["key"].shape[3]
     parts = problem.mask, problem.position_bias
     return scores >= FEWEST_SCORES and all(map(is_of_package, parts))
 
