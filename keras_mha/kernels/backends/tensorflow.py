@@ -27,7 +27,7 @@ __all__ = ["drawn"]  # beside what is defined here
 LOWERS_LATER = False
 
 # How many heads share a tile on a CPU, and rows and columns of one at most, measured:
-# tiles of 1024 take three quarters of the time of such of 512, with two heads each.
+# tiles of 1024 take 0.7 to 0.9 of the time of such of 512, with two heads each.
 HEADS_PER_TILE = 1
 LARGEST_TILE = 1024
 
