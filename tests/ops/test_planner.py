@@ -85,16 +85,19 @@ def test_tiles_pay_earlier_where_there_are_many_scores_in_all(batch, length, tak
 
 
 @only_tensorflow
+@pytest.mark.parametrize("mask", [Causal(), SlidingWindow(3)], ids=["causal", "window"])
 @pytest.mark.parametrize(
     ("batch", "length", "taken"),
-    [(1, 1024, "reference"), (4, 1024, "blockwise"), (1, 2048, "blockwise")],
+    [
+        (1, 768, "reference"),
+        (1, 1024, "blockwise"),
+        (8, 704, "blockwise"),
+        (64, 512, "reference"),
+    ],
 )
-def test_masked_tiles_of_few_heads_pay_later(batch, length, taken):
+def test_tiles_of_batches_pay_earlier_with_every_mask(batch, length, taken, mask):
     x = keras.KerasTensor((batch, length, 8, 64))
-    call = AttentionCall(x, x, x, mask=SlidingWindow(3))
-    assert plan(call).implementation == taken
-    call = AttentionCall(x, x, x, mask=Causal())
-    assert plan(call).implementation == "blockwise"
+    assert plan(AttentionCall(x, x, x, mask=mask)).implementation == taken
 
 
 @without_fused
