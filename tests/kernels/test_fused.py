@@ -250,3 +250,64 @@ def test_hidden_queries_need_no_mask_of_all_scores(monkeypatch):
     keras_mha.dot_product_attention(query, key, key, mask=padding & hidden)
     assert given[0] is None
     assert given[1].shape == (B, 1, 1, S)
+
+
+@pytest.fixture
+def four_threads():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def key_heads_given(monkeypatch):
+    """With how many key heads torch's function is called, from now on."""
+    import torch
+
+    attend, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query, key, value, **options):
+        given.append(key.shape[1])
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    return given
+
+
+@only_torch
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("key_heads", "given"), [(1, 8), (2, 8), (4, 4)])
+def test_no_thread_is_without_heads_whose_gradient_it_works_out(
+    key_heads, given, compiled, four_threads, key_heads_given
+):
+    shapes = (1, T, 8, H), (1, T, key_heads, H), (1, T, key_heads, V)
+    arrays = [RNG.normal(size=shape) for shape in shapes]
+    cotangent = RNG.normal(size=(1, T, 8, V))
+
+    def function(*tensors):
+        return keras_mha.dot_product_attention(*tensors, mask=masks.Causal())
+
+    if compiled:
+        function = backend_jit(function)
+    (output,), gradients = outputs_and_gradients(function, arrays, [cotangent])
+    assert key_heads_given == [given]
+    causal = np.tri(T, dtype=bool)
+    expected, _ = oracle.dot_product_attention(*arrays, mask=causal)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    expected = oracle.dot_product_attention_gradients(
+        *arrays, mask=causal, output_cotangent=cotangent
+    )
+    for name, found in zip(("dquery", "dkey", "dvalue"), gradients, strict=True):
+        np.testing.assert_allclose(found, expected[name], atol=1e-5, err_msg=name)
+
+
+@only_torch
+def test_shared_heads_are_not_copied_where_nothing_is_trained(
+    four_threads, key_heads_given
+):
+    query, key = (to_tensor(RNG.normal(size=(1, T, heads, H))) for heads in (8, 1))
+    keras_mha.dot_product_attention(query, key, key)
+    assert key_heads_given == [1]

@@ -259,7 +259,11 @@ def _torch_attention(query, key, value, mask, causal, call):
     """Calls torch's kernel, and sees to the derivatives that it has not."""
     options = {"is_causal": causal, "scale": call.scale}
     if query.shape[1] != key.shape[1]:
-        options["enable_gqa"] = True
+        if _leaves_threads_idle(query, key, value):
+            shared_by = query.shape[1] // key.shape[1]
+            key, value = (x.repeat_interleave(shared_by, 1) for x in (key, value))
+        else:
+            options["enable_gqa"] = True
 
     def formula(query, key, value, mask=mask):
         if call.dropout:
@@ -280,6 +284,21 @@ def _torch_attention(query, key, value, mask, causal, call):
     if mask is not None and mask.requires_grad:
         return differentiable(formula, output, query, key, value, mask)
     return differentiable(formula, output, query, key, value)
+
+
+def _leaves_threads_idle(query, key, value):
+    """Whether there are fewer key heads than threads where torch's gradient, on a CPU,
+    gives each thread whole key heads: a copy for each query head costs less."""
+    if query.device.type != "cpu" or is_exporting() or splits_sequences():
+        return False
+    trained = any(x.requires_grad for x in (query, key, value))
+    heads = key.shape[0] * key.shape[1]
+    return trained and torch.is_grad_enabled() and heads < _thread_count()
+
+
+@torch._dynamo.assume_constant_result
+def _thread_count():
+    return torch.get_num_threads()
 
 
 def _torch_mask(call, part):
