@@ -22,29 +22,19 @@ __all__ = ["shard_index", "with_gradient"]  # beside what is defined here
 # Whether programs are lowered later, and perhaps for another kind of device.
 LOWERS_LATER = True
 
-# How many heads share a tile on a CPU, measured: enough work for one call of an
-# operation, and little enough to stay in a cache.
-HEADS_PER_TILE = 2
-
-# Rows and columns of a tile on a CPU at most, measured: of two heads it takes half a
-# second-level cache.
-LARGEST_TILE = 256
+# How many heads share a tile on a CPU, and its rows and columns at most, measured: with
+# 512 x 512 of one head XLA runs products and softmax together, in a cache.
+HEADS_PER_TILE = 1
+LARGEST_TILE = 512
 
 # Where products take and give the features of rows, as an axis of `(*lead, G, rows)`
 # with them: last, with which products are up to 1.3 times as fast on a CPU.
 FEATURES_OF_ROWS = 4
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured for
-# each kind of call (`thresholds.kind_of`). Of 8 sequences of 512 with 8 heads they are
-# as fast, and take less memory; of one, whole scores are up to 1.8 times as fast.
-_FEW = FewScores(in_all=64 * 448**2, least=448**2, most=640**2)
-FEW_SCORES = {
-    "plain": _FEW,
-    "causal": _FEW,
-    "masked": _FEW,
-    "dropout": _FEW,
-    "grouped": _FEW._replace(most=896**2),
-}
+# From how many scores a head tiles are faster than whole scores on a CPU, measured. Of 8
+# sequences of 384 with 8 heads they take 0.7 to 0.9 of the time, of 256 more of it; of
+# one sequence of 512 about as much.
+FEW_SCORES = FewScores(in_all=32 * 320**2, least=320**2, most=512**2)
 
 
 def as_written(function: Callable) -> Callable:
