@@ -279,13 +279,16 @@ def key_heads_given(monkeypatch):
 
 @only_torch
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("key_heads", "given"), [(1, 8), (2, 8), (4, 4)])
-def test_no_thread_is_without_heads_whose_gradient_it_works_out(
-    key_heads, given, compiled, four_threads, key_heads_given
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "given"),
+    [(8, 1, 8), (8, 2, 8), (8, 4, 4), (12, 6, 12), (12, 12, 12), (10, 5, 10)],
+)
+def test_no_thread_waits_for_another_to_work_out_the_gradient(
+    heads, key_heads, given, compiled, four_threads, small_slices, key_heads_given
 ):
-    shapes = (1, T, 8, H), (1, T, key_heads, H), (1, T, key_heads, V)
+    shapes = (1, T, heads, H), (1, T, key_heads, H), (1, T, key_heads, V)
     arrays = [RNG.normal(size=shape) for shape in shapes]
-    cotangent = RNG.normal(size=(1, T, 8, V))
+    cotangent = RNG.normal(size=(1, T, heads, V))
 
     def function(*tensors):
         return keras_mha.dot_product_attention(*tensors, mask=masks.Causal())
@@ -305,9 +308,13 @@ def test_no_thread_is_without_heads_whose_gradient_it_works_out(
 
 
 @only_torch
-def test_shared_heads_are_not_copied_where_nothing_is_trained(
-    four_threads, key_heads_given
+def test_keys_are_not_copied_where_they_are_few_or_nothing_is_trained(
+    four_threads, key_heads_given, monkeypatch
 ):
+    from keras_mha.kernels.torch_kernels import sdpa
+
     query, key = (to_tensor(RNG.normal(size=(1, T, heads, H))) for heads in (8, 1))
-    keras_mha.dot_product_attention(query, key, key)
-    assert key_heads_given == [1]
+    keras_mha.dot_product_attention(query.requires_grad_(), key, key)
+    monkeypatch.setattr(sdpa, "_WHOLE", 0)
+    keras_mha.dot_product_attention(query.detach(), key, key)
+    assert key_heads_given == [1, 1]

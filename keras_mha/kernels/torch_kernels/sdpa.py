@@ -9,6 +9,7 @@ the distance alone, and sinks, have ways of their own: `diagonals`, `sinks`.
 
 import functools
 import itertools
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -287,13 +288,18 @@ def _torch_attention(query, key, value, mask, causal, call):
 
 
 def _leaves_threads_idle(query, key, value):
-    """Whether there are fewer key heads than threads where torch's gradient, on a CPU,
-    gives each thread whole key heads: a copy for each query head costs less."""
+    """Whether a copy of the keys for each query head pays: torch's gradient, on a CPU,
+    gives each thread whole key heads, of which there may be too few to go round."""
     if query.device.type != "cpu" or is_exporting() or splits_sequences():
         return False
     trained = any(x.requires_grad for x in (query, key, value))
-    heads = key.shape[0] * key.shape[1]
-    return trained and torch.is_grad_enabled() and heads < _thread_count()
+    if not (trained and torch.is_grad_enabled() and key.shape[2] > _WHOLE):
+        return False
+    batch, heads, shared_by = len(key), key.shape[1], query.shape[1] // key.shape[1]
+    threads = _thread_count()
+    # How many query heads the busiest thread has.
+    as_shared = math.ceil(batch * heads / threads) * shared_by
+    return as_shared > math.ceil(batch * heads * shared_by / threads)
 
 
 @torch._dynamo.assume_constant_result
