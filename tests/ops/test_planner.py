@@ -9,7 +9,7 @@ from keras_mha.kernels import blockwise, fused, reference, row_chunks
 from keras_mha.kernels.call import AttentionCall
 from keras_mha.masks import Causal, SlidingWindow
 from keras_mha.ops.planner import plan
-from tests.helpers import only_tensorflow, only_torch
+from tests.helpers import only_jax, only_tensorflow, only_torch
 
 BACKEND = keras.backend.backend()
 without_fused = pytest.mark.skipif(
@@ -98,6 +98,21 @@ def test_tiles_pay_earlier_where_there_are_many_scores_in_all(batch, length, tak
 def test_tiles_of_batches_pay_earlier_with_every_mask(batch, length, taken, mask):
     x = keras.KerasTensor((batch, length, 8, 64))
     assert plan(AttentionCall(x, x, x, mask=mask)).implementation == taken
+
+
+@only_jax
+@pytest.mark.parametrize(
+    ("batch", "length", "taken"),
+    [
+        (1, 384, "reference"),
+        (1, 512, "blockwise"),
+        (8, 256, "reference"),
+        (8, 384, "blockwise"),
+    ],
+)
+def test_tiles_of_batches_pay_earlier_on_jax(batch, length, taken):
+    x = keras.KerasTensor((batch, length, 8, 64))
+    assert plan(AttentionCall(x, x, x)).implementation == taken
 
 
 @without_fused
