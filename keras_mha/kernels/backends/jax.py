@@ -31,9 +31,9 @@ LARGEST_TILE = 512
 # with them: last, with which products are up to 1.3 times as fast on a CPU.
 FEATURES_OF_ROWS = 4
 
-# From how many scores a head tiles are faster than whole scores on a CPU, measured: of
-# 8 sequences of 384 with 8 heads they take 0.7 to 0.9 of the time, of 256 more, of one
-# sequence of 512 about as much.
+# From how many scores a head tiles take less time than whole scores on a CPU, measured:
+# of 8 sequences of 384 with 8 heads they take 0.6 to 0.95 of it, of 256 more, of one of
+# 512 about as much.
 FEW_SCORES = FewScores(in_all=32 * 320**2, least=320**2, most=512**2)
 
 
