@@ -70,9 +70,11 @@ def attend_rows(call: AttentionCall, tile: Tile, seed: Tensor | None) -> Attende
         weights = _mixed(scores.weights, call.talking_heads[1])
     else:
         weights = scores.softmax
-    dropped = _dropout(weights, call.dropout, seed, tile)
+    kept, factor = _dropout(weights, call.dropout, seed, tile)
     value = as_operand(call.value, call.device_kind)
-    output = _weighted_values(ops.cast(dropped, value.dtype), value)
+    output = _weighted_values(ops.cast(kept, value.dtype), value)
+    if factor != 1:
+        output = output * factor
     if not needs_weights and scores.seen is not None:
         # Of the output, which is smaller than the weights.
         seen = ops.transpose(scores.seen, (0, 2, 1, 3))
@@ -191,17 +193,21 @@ def _seen(allowed: Tensor | None, call: AttentionCall) -> Tensor | None:
     return ops.reshape(seen, (*(1,) * (4 - len(seen.shape)), *shape_of(seen)))
 
 
-def _dropout(weights: Tensor, rate: float, seed: Tensor | None, tile: Tile) -> Tensor:
+def _dropout(
+    weights: Tensor, rate: float, seed: Tensor | None, tile: Tile
+) -> tuple[Tensor, float]:
+    """Returns the weights that are kept, others 0, and what to multiply all by: left to
+    the output, which is smaller."""
     if rate == 0:
-        return weights
+        return weights, 1.0
     if rate == 1:
-        return weights * 0.0
+        return weights * 0.0, 1.0
     batch, heads = shape_of(weights)[:2]
     head_index = ops.reshape(
         ops.arange(batch * heads, dtype="int32"), (batch, heads, 1, 1)
     )
     kept = dropout.kept(seed, rate, head_index, tile)
-    return backends.current().keep(weights / (1.0 - rate), kept)
+    return backends.current().keep(weights, kept), 1.0 / (1.0 - rate)
 
 
 def _product(equation: str, x: Tensor, y: Tensor) -> Tensor:
