@@ -25,6 +25,10 @@ class Bias:
     is_finite = False
     """Whether none of its numbers is so low that it masks."""
 
+    falls = False
+    """Whether its numbers fall with the distance that tokens have as they are counted,
+    on either side: what is far away may then be left out."""
+
     def block(self, tile: Tile) -> Tensor:
         """Returns what is added to a tile of the scaled scores.
 
@@ -204,6 +208,14 @@ class DistanceBias(Bias):
         self.positions.check(scores_shape)
 
 
+def least_distance(tile: Tile) -> Tensor:
+    """How far apart the nearest of a tile's pairs are, as they are counted; int32."""
+    columns_before = tile.row - (tile.column + tile.columns - 1)
+    columns_after = tile.column - (tile.row + tile.rows - 1)
+    nearest = ops.maximum(ops.maximum(columns_before, columns_after), 0)
+    return ops.cast(nearest, "int32")
+
+
 @dataclass(frozen=True, eq=False)
 class Slopes(DistanceBias):
     """`-slope_n * |key position - query position|` for head n.
@@ -220,6 +232,23 @@ class Slopes(DistanceBias):
         slopes = tile.cut_heads(constant(self.slopes, "float32"), 0)
         slopes = ops.reshape(slopes, (-1, *(1,) * len(distances.shape)))
         return -slopes * ops.cast(ops.abs(distances), "float32")
+
+    def _along_diagonals(self, tile):
+        if not self._is_linear:
+            return super()._along_diagonals(tile)
+        # Worked out everywhere, in fewer steps than it takes to lay numbers along them.
+        rows = ops.cast(tile.row_indices - tile.row, "float32")
+        columns = ops.cast(tile.column_indices - tile.row, "float32")
+        slopes = tile.cut_heads(constant(self.slopes, "float32"), 0)
+        return -slopes[:, None, None] * ops.abs(columns - rows)
+
+    @property
+    def falls(self):
+        return self._is_linear and self.positions.are_counted and min(self.slopes) >= 0
+
+    @property
+    def _is_linear(self):
+        return type(self) is Slopes  # a subclass may have other numbers
 
     def check(self, scores_shape):
         _check_heads("ALiBi", len(self.slopes), scores_shape)

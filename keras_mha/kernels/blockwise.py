@@ -14,7 +14,8 @@ one number a row, `lse = top + log(total)`, which brings the weights of any tile
     d_logits = weights * (dropout(d_output . value) - d_output . output)
 
 Tiles that the mask empties are not computed: those of which it says so beforehand
-(`Mask.status`), and those of which its booleans turn out to be all `False`. Half types
+(`Mask.status`), and those of which its booleans turn out to be all `False`; nor are
+those that a bias puts so low that they do not matter (`far_tiles`). Half types
 are cast tile by tile; everything is computed in float32 (or float64). What is written
 here are first derivatives: all others are those of the formula, with all scores
 (`whole`).
@@ -38,6 +39,7 @@ from keras import ops
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
 from keras_mha.kernels import backends
 from keras_mha.kernels.call import Attended, AttentionCall
+from keras_mha.kernels.far_tiles import FarTiles
 from keras_mha.kernels.half_products import times
 from keras_mha.kernels.masking import LOWEST
 from keras_mha.kernels.problem import (
@@ -107,11 +109,12 @@ def forward(problem: Problem, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _forward(problem, tensors):
     scores = TileScores(problem, tensors)
+    far = FarTiles(scores)
     walk, width = scores.walk, tensors["value"].shape[2]
 
     def visit_row(row, results):
         outputs, norms = results
-        output, lse = _attend_rows(scores, row)
+        output, lse = _attend_rows(scores, far, row)
         output = ops.cast(output, dtype_name(tensors["query"]))
         return walk.put_rows(outputs, row, output), walk.put_rows(norms, row, lse)
 
@@ -125,7 +128,9 @@ def _forward(problem, tensors):
     return walk.joined_rows(outputs), walk.joined_rows(norms)
 
 
-def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
+def _attend_rows(
+    scores: TileScores, far: FarTiles, row: Place
+) -> tuple[Tensor, Tensor]:
     """Returns the output and the lse, as rows of width V and 1."""
     walk, tensors = scores.walk, scores.tensors
     query = scores.query(row)
@@ -147,7 +152,9 @@ def _attend_rows(scores: TileScores, row: Place) -> tuple[Tensor, Tensor]:
         ops.zeros(per_row, dtype=walk.dtype),
         walk.new_rows(tensors["value"].shape[2]),
     )
-    top, total, sums = walk.for_each_tile(row, step, state)
+    may_matter = far.goes_on(query, row)
+    goes_on = may_matter and (lambda place, state: may_matter(place, state[0]))
+    top, total, sums = walk.for_each_tile(row, step, state, goes_on)
     if "sink" in tensors:
         sink = walk.cut_heads(tensors["sink"], row)
         new_top = larger(top, sink)
@@ -187,11 +194,12 @@ def _backward(problem, tensors, output, lse, d_output):
     share = ops.sum(share, axis=2, keepdims=True)
     tensors = tensors | {"lse": lse, "d_output": d_output, "share": share}
     scores = TileScores(problem, tensors)
+    far = FarTiles(scores)
     walk = scores.walk
 
     def visit_row(row, results):
         d_queries, *others = results
-        d_query, *others = _differentiate_rows(scores, row, others)
+        d_query, *others = _differentiate_rows(scores, far, row, others)
         d_query = d_query * scores.factors_of_scale[0]
         return walk.put_rows(d_queries, row, d_query), *others
 
@@ -225,7 +233,9 @@ def _backward(problem, tensors, output, lse, d_output):
     }
 
 
-def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
+def _differentiate_rows(
+    scores: TileScores, far: FarTiles, row: Place, results: list
+) -> tuple:
     """Returns the rows' gradient of the scaled query, as rows of width H, and the
     results with what these rows add to the gradients of key, value and biases."""
     walk, tensors, backend = scores.walk, scores.tensors, scores.walk.backend
@@ -268,5 +278,7 @@ def _differentiate_rows(scores: TileScores, row: Place, results: list) -> tuple:
     def visit_tile(place, allowed, sums):
         return add(place, sums, step(place, allowed))
 
+    may_matter = far.goes_on(query, row)
+    goes_on = may_matter and (lambda place, sums: may_matter(place, lse))
     zeros = ops.zeros_like(query, dtype=walk.dtype)
-    return walk.for_each_tile(row, visit_tile, (zeros, *results))
+    return walk.for_each_tile(row, visit_tile, (zeros, *results), goes_on)

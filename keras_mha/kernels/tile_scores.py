@@ -7,6 +7,7 @@ from typing import Any
 from keras import ops
 
 from keras_mha._keras import Tensor
+from keras_mha.biases import Bias, least_distance
 from keras_mha.kernels import dropout
 from keras_mha.kernels.half_products import as_operand, factors_of_scale, times
 from keras_mha.kernels.masking import LOWEST, mask_block
@@ -72,10 +73,28 @@ class TileScores:
 
     def _position_bias(self, place: Place, **weights: Tensor) -> Tensor:
         """Returns a tile of the position's bias, with these weights in it if given."""
+        bias = self._position_bias_object(**weights)
+        return ops.cast(self.walk.bias_block(bias, place), self.walk.dtype)
+
+    def _position_bias_object(self, **weights: Tensor) -> Bias:
         names = self.problem.position_tensors
         held = tuple(weights.get(name, self.tensors[name]) for name in names)
-        bias = join_tensors(self.problem.position_bias, held)
-        return ops.cast(self.walk.bias_block(bias, place), self.walk.dtype)
+        return join_tensors(self.problem.position_bias, held)
+
+    @property
+    def has_bias_that_falls(self) -> bool:
+        """Whether all that is added to a score falls with the distance."""
+        if self.problem.position_bias is None or "bias" in self.tensors:
+            return False
+        return self._position_bias_object().falls
+
+    def highest_bias(self, place: Place) -> Tensor:
+        """Returns what the bias is not above from a tile on, `(1, key heads, G, 1)`,
+        where `has_bias_that_falls`."""
+        bias, tile = self._position_bias_object(), self.walk.tile_of_heads(place)
+        highest = bias.of_distances(least_distance(tile)[None], tile)
+        highest = ops.reshape(highest, (1, -1, self.walk.shared, 1))
+        return ops.cast(highest, self.walk.dtype)
 
     def position_gradients(self, place: Place, d_logits: Tensor) -> tuple[Tensor, ...]:
         """Returns what a tile adds to the gradients of `position_weights`."""
@@ -99,9 +118,8 @@ class TileScores:
         if "bias" in self.tensors:
             logits = logits + ops.cast(self.tensors["bias"], walk.dtype)
         if self.problem.position_bias is not None:
-            held = tuple(self.tensors[name] for name in self.problem.position_tensors)
-            bias = join_tensors(self.problem.position_bias, held)
-            block = walk.block_by_head(bias.block(tile), tile, place)
+            block = self._position_bias_object().block(tile)
+            block = walk.block_by_head(block, tile, place)
             logits = logits + ops.cast(block, walk.dtype)
         seen = logits > LOWEST
         if walk.mask is not None:

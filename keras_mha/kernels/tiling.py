@@ -101,19 +101,30 @@ class Schedule(NamedTuple):
 
 
 def schedule(mask: Mask | None, rows: Pieces, columns: Pieces) -> Schedule | None:
-    """Asks the mask about every tile; `None` where the lengths are not known yet."""
+    """Asks the mask about every tile; `None` where the lengths are not known yet.
+
+    Near tiles come before far ones: what these add may turn out to be nothing.
+    """
     if not (rows.is_static and columns.is_static):
         return None
     order = np.zeros((rows.count, columns.count), "int32")
     full, live = np.zeros((2, rows.count), "int32")
     for i in range(rows.count):
         kinds: dict[str, list[int]] = {"full": [], "mixed": [], "empty": []}
-        for j in range(columns.count):
+        for j in _nearest_first(rows, columns, i):
             kinds[_status(mask, rows, columns, i, j)].append(j)
         wanted = kinds["full"] + kinds["mixed"]
         order[i, : len(wanted)] = wanted
         full[i], live[i] = len(kinds["full"]), len(wanted)
     return Schedule(order, full, live)
+
+
+def _nearest_first(rows: Pieces, columns: Pieces, i: int) -> list[int]:
+    middle = 2 * rows.start(i) + rows.size
+    return sorted(
+        range(columns.count),
+        key=lambda j: abs(2 * columns.start(j) + columns.size - middle),
+    )
 
 
 def _status(mask: Mask | None, rows: Pieces, columns: Pieces, i: int, j: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_mha._keras import Tensor, at_least_float32, dtype_name, larger
-from keras_mha._lengths import unless_one
+from keras_mha._lengths import shorter, unless_one
 from keras_mha.biases import Bias
 from keras_mha.kernels import backends
 from keras_mha.kernels.masking import mask_block
@@ -113,12 +113,26 @@ class Walk:
 
         return self.backend.loop(self.chunks, visit_chunk, carry)
 
-    def for_each_tile(self, row: Place, body: Callable, carry: tuple) -> tuple:
+    def for_each_tile(
+        self,
+        row: Place,
+        body: Callable,
+        carry: tuple,
+        goes_on: Callable[[Place, tuple], Tensor] | None = None,
+    ) -> tuple:
         """Runs `carry = body(place, allowed, carry)` for the live tiles of these rows,
-        where `allowed` are booleans, shaped as scores, or `None` for all pairs."""
+        where `allowed` are booleans, shaped as scores, or `None` for all pairs.
+
+        With `goes_on(place, carry)` those that are masked and those that are not are
+        visited from the nearest on, each up to the first for which it says no, if
+        lengths are known.
+        """
+
+        def place_of(j):
+            return row._replace(j=j, column=self.columns.start(j))
 
         def visit(j, masked, carry):
-            place = row._replace(j=j, column=self.columns.start(j))
+            place = place_of(j)
             if not masked:
                 return body(place, None, carry)
             allowed = self.allowed(place)
@@ -138,16 +152,25 @@ class Walk:
                 self.columns.count, lambda j, carry: visit(j, masked, carry), carry
             )
         columns, full, live = (self.backend.table(table)[row.i] for table in plan)
-        if plan.full.any():
-            carry = self.backend.loop(
-                full, lambda n, carry: visit(columns[n], False, carry), carry
-            )
-        if (plan.live > plan.full).any():
-            carry = self.backend.loop(
-                live - full,
-                lambda n, carry: visit(columns[full + n], True, carry),
+
+        def visit_some(first, count, masked, carry):
+            def says_so(n, carry):
+                # Asked of the one after the last, too.
+                n = shorter(first + n, plan.columns.shape[1] - 1)
+                return goes_on(place_of(columns[n]), carry)
+
+            return self.backend.loop(
+                count,
+                lambda n, carry: visit(columns[first + n], masked, carry),
                 carry,
+                goes_on and says_so,
             )
+
+        # The masked first: under a causal mask they are the near ones.
+        if (plan.live > plan.full).any():
+            carry = visit_some(full, live - full, True, carry)
+        if plan.full.any():
+            carry = visit_some(0, full, False, carry)
         return carry
 
     # ------------------------------------------------------------------ a tile's parts
@@ -189,6 +212,10 @@ class Walk:
         x = ops.slice(x, starts, (*self.lead, x.shape[2], self.columns.size))
         return self.operand(x)
 
+    def cut_key_heads(self, x: Tensor, place: Place) -> Tensor:
+        """`(B, K, n)`, numbers of each key head, `-> (*lead, n)`."""
+        return ops.slice(x, (place.batch, place.group, 0), (*self.lead, x.shape[2]))
+
     def cut_heads(self, x: Tensor, place: Place) -> Tensor:
         """`(K, G)`, a number a head, `-> (1, key heads, G, 1)`."""
         x = ops.slice(x, (place.group, 0), (self.chunk_groups, self.shared))
@@ -211,6 +238,11 @@ class Walk:
         sizes = self.rows.size, self.columns.size
         return Tile(place.row, sizes[0], place.column, sizes[1], batch=batch)
 
+    def tile_of_heads(self, place: Place) -> Tile:
+        """Returns the tile as biases know it, which may differ from head to head."""
+        heads = self.chunk_groups * self.shared
+        return self.tile(place)._replace(head=place.group * self.shared, heads=heads)
+
     def allowed(self, place: Place) -> Tensor:
         """Who of a masked tile may attend, in no earlier tile already, as scores."""
         tile = self.tile(place)
@@ -230,8 +262,7 @@ class Walk:
 
     def bias_block(self, bias: Bias, place: Place) -> Tensor:
         """Returns the numbers of a bias object for a tile, shaped as scores."""
-        heads = self.chunk_groups * self.shared
-        tile = self.tile(place)._replace(head=place.group * self.shared, heads=heads)
+        tile = self.tile_of_heads(place)
         return self.block_by_head(bias.block(tile), tile, place)
 
     def block_by_head(self, block: Tensor, tile: Tile, place: Place) -> Tensor:

@@ -42,13 +42,22 @@ def as_written(function: Callable) -> Callable:
     return function
 
 
-def loop(count: Any, body: Callable, carry: tuple) -> tuple:
-    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
+def loop(
+    count: Any, body: Callable, carry: tuple, goes_on: Callable | None = None
+) -> tuple:
+    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`, up
+    to the first of which `goes_on(i, carry)` says no."""
 
     def turn(index, carry):
         return alike(body(index, carry))
 
-    return jax.lax.fori_loop(0, count, turn, alike(carry))
+    if goes_on is None:
+        return jax.lax.fori_loop(0, count, turn, alike(carry))
+    return jax.lax.while_loop(
+        lambda state: (state[0] < count) & goes_on(*state),
+        lambda state: (state[0] + 1, turn(*state)),
+        (jnp.zeros_like(count), alike(carry)),
+    )[1]
 
 
 def either(condition: Any, yes: Callable, no: Callable) -> Any:

@@ -46,14 +46,24 @@ def as_written(function: Callable) -> Callable:
     return tf.autograph.experimental.do_not_convert(function)
 
 
-def loop(count: Any, body: Callable, carry: tuple) -> tuple:
-    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
+def loop(
+    count: Any, body: Callable, carry: tuple, goes_on: Callable | None = None
+) -> tuple:
+    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`, up
+    to the first of which `goes_on(i, carry)` says no."""
     if tf.executing_eagerly() or (isinstance(count, int) and count <= 1):
         for index in range(int(count)):
+            if goes_on is not None and not goes_on(index, carry):
+                break
             carry = body(index, carry)
         return carry
+
+    def is_next(index, carry):
+        is_one = index < count
+        return is_one if goes_on is None else is_one & goes_on(index, carry)
+
     return tf.while_loop(
-        lambda index, carry: index < count,
+        is_next,
         lambda index, carry: (index + 1, body(index, carry)),
         (tf.constant(0), carry),
         # Of turns that run at once each would hold tiles of its own.

@@ -42,9 +42,14 @@ def as_written(function: Callable) -> Callable:
     return function
 
 
-def loop(count: int, body: Callable, carry: tuple) -> tuple:
-    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`."""
+def loop(
+    count: int, body: Callable, carry: tuple, goes_on: Callable | None = None
+) -> tuple:
+    """Returns the carry after `carry = body(i, carry)` for `i` in `0 ... count - 1`, up
+    to the first of which `goes_on(i, carry)` says no."""
     for index in range(count):
+        if goes_on is not None and not goes_on(index, carry):
+            break
         carry = body(index, carry)
     return carry
 

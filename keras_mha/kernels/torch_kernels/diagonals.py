@@ -25,7 +25,6 @@ References:
     Press et al., 2022, Train short, test long: https://arxiv.org/abs/2108.12409
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -37,6 +36,7 @@ from keras_mha.biases import DistanceBias
 from keras_mha.kernels.backends.torch_differentiable import of_formula
 from keras_mha.kernels.backends.torch_operators import as_node
 from keras_mha.kernels.call import AttentionCall
+from keras_mha.kernels.far_tiles import NEGLIGIBLE, ROUNDING
 from keras_mha.kernels.torch_kernels import flash_cpu
 from keras_mha.kernels.torch_kernels.diagonal_gradients import (
     Attended,
@@ -50,8 +50,6 @@ from keras_mha.masks import whole_tile
 _ROWS = 512
 _STEP = 256  # Heads are called apart if the keys that matter differ by so many.
 _ROWS_A_TASK = 64  # How torch's kernel shares rows of a slice among threads.
-_NEGLIGIBLE = math.log(1e-30)
-_ROUNDING = 1e-3  # The bound is raised by this share, more than products are rounded.
 
 
 def takes(call: AttentionCall) -> bool:
@@ -212,8 +210,8 @@ def _lowest_that_matters(scores):
     column = (columns - 1 - row).clamp(min=0)  # the own key's, or the last key's
     own = (query * key[:, :, column]).sum(-1) * scale
     most = query.norm(dim=-1) * key.norm(dim=-1).amax(-1, keepdim=True)
-    margin = own - most * (abs(scale) * (1 + _ROUNDING))
-    lowest = margin.amin(0) + along[:, row + column] + _NEGLIGIBLE
+    margin = own - most * (abs(scale) * (1 + ROUNDING))
+    lowest = margin.amin(0) + along[:, row + column] + NEGLIGIBLE
     missing = -rows % _ROWS
     lowest = functional.pad(lowest, (0, missing), value=torch.inf)
     lowest = lowest.unflatten(1, (-1, _ROWS)).amin(-1)
