@@ -26,8 +26,9 @@ class Bias:
     """Whether none of its numbers is so low that it masks."""
 
     falls = False
-    """Whether its numbers fall with the distance that tokens have as they are counted,
-    on either side: what is far away may then be left out."""
+    """Whether far tokens may be left out: only a `DistanceBias` may say so, whose
+    positions are counted and whose `of_distances` are alike on either side and nowhere
+    rise with the distance."""
 
     def block(self, tile: Tile) -> Tensor:
         """Returns what is added to a tile of the scaled scores.

@@ -4,11 +4,15 @@ By Cauchy and Schwarz no logit of a row is, in a tile, above
 
     bound_i = |scale| |q_i| max_j |k_j| + max_j bias[i, j],
 
-and a row's largest is no less than the largest found so far, or in the gradient than
-its lse. Where `bound_i < largest_i + log(1e-30)`, no weight of the row is in that tile
-more than 1e-30 of its largest. The tiles of some rows are visited from the nearest on,
-up to the first in which that is so for every row. With ALiBi nearly all are left out,
-the more the steeper the head. Where numbers are not finite nothing is left out.
+and a row's largest is no less than the largest found so far. Where
+
+    bound_i < largest_i + log(1e-30),
+
+no weight that the row has in that tile is more than 1e-30 of its largest. (In the
+gradient the row's lse stands for its largest, and their sum for the largest weight.)
+The tiles of some rows are visited from the nearest on, up to the first in which that is
+so for every row. With ALiBi those from some distance on are left out, the sooner the
+steeper the head. Where queries or keys are not finite nothing is.
 
 References:
     Press et al., 2022, Train short, test long: https://arxiv.org/abs/2108.12409
@@ -19,7 +23,7 @@ from collections.abc import Callable
 
 from keras import ops
 
-from keras_mha._keras import Tensor
+from keras_mha._keras import Tensor, at_least_float32
 from keras_mha.kernels.tile_scores import TileScores
 from keras_mha.kernels.walk import Place
 
@@ -34,7 +38,7 @@ class FarTiles:
         self._scores, self._longest = scores, None
         # Other devices take all heads at once, and the flattest sees far.
         if scores.problem.device == "cpu" and scores.has_bias_that_falls:
-            lengths = _norm(scores.tensors["key"], 2)
+            lengths = _norm(at_least_float32(scores.tensors["key"]), 2)
             longest = ops.max(lengths, axis=-1, keepdims=True)
             # A maximum may not tell of what is no number; a comparison does.
             are_numbers = ops.all(lengths <= longest, axis=-1, keepdims=True)
@@ -61,10 +65,14 @@ class FarTiles:
         longest = walk.cut_key_heads(self._longest, row)[..., None]
         products = _norm(query, walk.features) * (longest * factor)
         if (cap := scores.problem.logit_soft_cap) is not None:
-            products = ops.minimum(products, cap)
+            are_finite = products < math.inf
+            products = ops.where(are_finite, ops.minimum(products, cap), products)
+        repeated = walk.repeated_rows(row)
 
         def may_matter(place: Place, largest: Tensor) -> Tensor:
             is_far = products + scores.highest_bias(place) < largest + NEGLIGIBLE
+            if repeated is not None:
+                is_far = ops.logical_or(is_far, repeated)
             return ops.logical_not(ops.all(is_far))
 
         return may_matter

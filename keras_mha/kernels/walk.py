@@ -260,6 +260,14 @@ class Walk:
                 allowed = new if allowed is None else ops.logical_and(allowed, new)
         return allowed
 
+    def repeated_rows(self, row: Place) -> Tensor | None:
+        """Which of some rows are of an earlier piece too, `(rows,)`; `None` if none
+        can be."""
+        if not self.rows.may_overlap:
+            return None
+        rows = Tile(row.row, self.rows.size, 0, 1).row_indices[:, 0]
+        return rows < self.rows.first_new(row.i)
+
     def bias_block(self, bias: Bias, place: Place) -> Tensor:
         """Returns the numbers of a bias object for a tile, shaped as scores."""
         tile = self.tile_of_heads(place)

@@ -15,6 +15,7 @@ from tests import oracle
 from tests.helpers import (
     backend_jit,
     outputs_and_gradients,
+    rounded,
     to_numpy,
     to_tensor,
 )
@@ -95,13 +96,13 @@ GIVEN = {
 }
 
 
-def check(case, lengths, compile=lambda function: function):
+def check(case, lengths, compile=lambda function: function, dtype="float32"):
     given, booleans = case
     given = given(lengths)
-    arrays = drawn(lengths)
-    cotangent = np.random.default_rng(1).normal(size=arrays[0].shape)
+    arrays = [rounded(x, dtype) for x in drawn(lengths)]
+    cotangent = rounded(np.random.default_rng(1).normal(size=arrays[0].shape), dtype)
     (output,), gradients = outputs_and_gradients(
-        compile(attention(**given)), arrays, [cotangent]
+        compile(attention(**given)), arrays, [cotangent], dtype
     )
     everything = {
         "mask": None if booleans is None else booleans(lengths),
@@ -113,10 +114,14 @@ def check(case, lengths, compile=lambda function: function):
     expected_gradients = oracle.dot_product_attention_gradients(
         *arrays, **everything, output_cotangent=cotangent
     )
-    np.testing.assert_allclose(output, expected, atol=2e-5)
+    tolerance = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 4e-2}[dtype]
+    np.testing.assert_allclose(output, expected, rtol=tolerance, atol=tolerance)
     for name, found in zip(("query", "key", "value"), gradients, strict=True):
         np.testing.assert_allclose(
-            found, expected_gradients[f"d{name}"], atol=5e-5, err_msg=name
+            *(found, expected_gradients[f"d{name}"]),
+            rtol=tolerance,
+            atol=tolerance * max(1, np.abs(found).max()),
+            err_msg=name,
         )
 
 
@@ -131,9 +136,17 @@ def test_numbers_are_those_of_the_definition_compiled(case):
     check(GIVEN[case], LENGTHS["as many keys"], backend_jit)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", ["plain", "causal"])
+def test_numbers_of_a_half_type(case, dtype):
+    check(GIVEN[case], LENGTHS["as many keys"], dtype=dtype)
+
+
+# Of 204 the last rows are of two tiles.
+@pytest.mark.parametrize("length", [200, 204])
 @pytest.mark.parametrize("mask", [None, masks.Causal()], ids=["plain", "causal"])
-def test_far_tiles_are_not_looked_at(mask):
-    lengths = 200, 200
+def test_far_tiles_are_not_looked_at(mask, length):
+    lengths = length, length
     arrays = drawn(lengths)
     arrays[2][:, :20] = np.nan
     cotangent = np.ones(arrays[0].shape)
@@ -188,7 +201,20 @@ def test_where_numbers_are_large_or_none_nothing_is_left_out(size):
     query, key, value = drawn((90, 90))
     key[:, :3] *= size
     value[:, :3] = np.nan
-    output = to_numpy(attention()(*map(to_tensor, (query, key, value))))
+    output = to_numpy(attention(STEEPER)(*map(to_tensor, (query, key, value))))
+    assert np.isnan(output).all()
+
+
+@pytest.mark.parametrize("size", [np.nan, np.inf])
+def test_nor_is_it_with_a_soft_cap(size):
+    query, key, value = drawn((90, 90))
+    key[:, :3] *= size
+    function = attention(STEEPER, logit_soft_cap=lambda: 5.0)
+    output = to_numpy(function(*map(to_tensor, (query, key, value))))
+    if np.isnan(size):
+        assert np.isnan(output).all()
+    value[:, :3] = np.nan
+    output = to_numpy(function(*map(to_tensor, (query, key, value))))
     assert np.isnan(output).all()
 
 
