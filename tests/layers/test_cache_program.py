@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import keras_mha
-from tests.helpers import only_jax, to_numpy, to_tensor
+from tests.helpers import only_jax, only_tensorflow, to_numpy, to_tensor
 
 SLOTS = 64
 
@@ -53,3 +53,17 @@ def test_a_compiled_step_has_the_gradient_of_an_eager_one(layer):
     wanted, found = jax.grad(loss)(x, cache), jax.jit(jax.grad(loss))(x, cache)
     np.testing.assert_allclose(to_numpy(found), to_numpy(wanted), atol=1e-4)
     assert np.abs(to_numpy(found)).max() > 0.1
+
+
+@only_tensorflow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_moves_no_cache(layer, batch):
+    import tensorflow as tf
+
+    step = tf.function(stepped(layer)).get_concrete_function(*a_step(layer, batch))
+    moved = [
+        operation.inputs[0].shape
+        for operation in step.graph.get_operations()
+        if operation.type == "Transpose"
+    ]
+    assert not [shape for shape in moved if SLOTS in shape]

@@ -350,6 +350,11 @@ def distributed(x: Any, axes: tuple[str | None, ...]) -> Any:
 
 def take_along_axis(x: Any, index: Any, axis: int) -> Any:
     """Returns along one axis what `index` says; other axes of length 1 broadcast."""
+    features = tuple(range(2, len(index.shape)))
+    is_by_row = axis == 1 and index.shape[0] == x.shape[0]
+    if is_by_row and features and all(index.shape[n] == 1 for n in features):
+        # Keras would move the axis to the end and back: for a token all of a cache.
+        return tf.gather(x, tf.squeeze(index, features), axis=1, batch_dims=1)
     return ops.take_along_axis(x, index, axis=axis)
 
 
