@@ -49,6 +49,8 @@ CORE = (
 )
 NOT_CORE = "compile or known or exported or traces"  # words of slow tests' names
 OUTCOMES = ("passed", "failed", "skipped")
+FAILURES = {"failure", "error"}  # as the report calls them
+WIDTH = 300  # of a reason, characters
 # Most of the time under JAX goes into compiling tiny functions once each: compile them
 # quickly, and not again in the other worker or the next run.
 QUICK_COMPILATION = {
@@ -69,6 +71,8 @@ class Result(NamedTuple):
     failed: int
     skipped: int
     seconds: float
+    # Of each reason for which tests failed, the first and how many more there are.
+    reasons: list[str]
 
 
 def backend_environment(backend, threads):
@@ -106,24 +110,40 @@ def run_pytest(name, arguments, extra, environment):
             [*pytest, *arguments, *extra], cwd=ROOT, env=environment
         ).returncode
         seconds = time.perf_counter() - start
-        outcomes = read_outcomes(report)
+        tests = read_tests(report)
+    outcomes = Counter(outcome({child.tag for child in test}) for test in tests)
     # A run that breaks off or collects nothing is no success, but a `-k` that is meant
     # for one run may well select nothing in another.
     if status != 0 and not (status == NO_TESTS_COLLECTED and extra):
         outcomes["failed"] = max(outcomes["failed"], 1)
-    return Result(name, *(outcomes[key] for key in OUTCOMES), seconds)
+    counts = (outcomes[key] for key in OUTCOMES)
+    return Result(name, *counts, seconds, reasons_of_failures(tests))
 
 
-def read_outcomes(report):
+def read_tests(report):
     try:
-        tests = ElementTree.parse(report).iter("testcase")
+        return list(ElementTree.parse(report).iter("testcase"))
     except (FileNotFoundError, ElementTree.ParseError):
-        tests = []
-    return Counter(outcome({child.tag for child in test}) for test in tests)
+        return []
+
+
+def reasons_of_failures(tests):
+    """Returns a line for each reason: a fixture that fails fails all its tests."""
+    failed = {}
+    for test in tests:
+        for child in test:
+            if child.tag in FAILURES:
+                reason = " ".join(child.get("message", "").split())[:WIDTH]
+                name = f"{test.get('classname')}::{test.get('name')}"
+                failed.setdefault(reason, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: {reason}"
+        for reason, names in failed.items()
+    ]
 
 
 def outcome(tags):
-    if tags & {"failure", "error"}:
+    if tags & FAILURES:
         return "failed"
     return "skipped" if "skipped" in tags else "passed"
 
@@ -185,6 +205,9 @@ def main():
             f"{result.name:<10} {result.passed:>5} passed {result.failed:>5} failed "
             f"{result.skipped:>5} skipped {result.seconds:>7.1f} s"
         )
+    for result in results:
+        for line in result.reasons:
+            print(f"{result.name}: {line}")
     passed, failed, skipped = (
         sum(getattr(result, key) for result in results) for key in OUTCOMES
     )

@@ -1,13 +1,10 @@
 """Sequences shared by two processes in torch's `context_parallel`, over loopback."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
+
+from tests.distribution.pairs import run_pair
 
 if keras.backend.backend() != "torch":
     pytest.skip("speaks of the PyTorch backend", allow_module_level=True)
@@ -17,30 +14,13 @@ experimental = pytest.importorskip(
 if not hasattr(experimental, "context_parallel"):
     pytest.skip("this torch has no context_parallel", allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent.parent
-# The processes speak over loopback, whatever the machine's name leads to.
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("context_parallel")
-    command = [sys.executable, "-m", "tests.distribution.context_parallel_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "RANK": str(rank), **LOOPBACK},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    return folder
+    return run_pair(
+        "tests.distribution.context_parallel_worker",
+        lambda: tmp_path_factory.mktemp("context_parallel"),
+    )
 
 
 @pytest.mark.parametrize(

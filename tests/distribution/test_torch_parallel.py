@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.distribution.pairs import run_pair
+
 pytestmark = pytest.mark.once
-ROOT = Path(__file__).resolve().parents[2]
-# The processes speak over loopback, whatever the machine's name leads to.
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-ENVIRONMENT = {
-    **os.environ,
-    **LOOPBACK,
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 CASES = (
     "plain",
@@ -56,26 +45,10 @@ def found(tmp_path_factory):
     torch = pytest.importorskip("torch.distributed.fsdp", exc_type=ImportError)
     if not hasattr(torch, "fully_shard"):
         pytest.skip("this torch has no FSDP2")
-    folder = tmp_path_factory.mktemp("torch_parallel")
-    command = [sys.executable, "-m", "tests.distribution.torch_parallel_worker"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(folder)],
-            cwd=ROOT,
-            env={**ENVIRONMENT, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output[-5000:]
-    finally:
-        for process in processes:
-            process.kill()
+    folder = run_pair(
+        "tests.distribution.torch_parallel_worker",
+        lambda: tmp_path_factory.mktemp("torch_parallel"),
+    )
     return json.loads((folder / "found.json").read_text())
 
 

@@ -368,7 +368,7 @@ def main(folder: Path) -> None:
         init_method=f"file://{folder / 'store'}",
         rank=RANK,
         world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=200),
     )
     mesh = init_device_mesh("cpu", (PROCESSES,))
     found = {
