@@ -1,5 +1,7 @@
 """Projections are computed as products where a call of theirs is nothing more."""
 
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -41,8 +43,21 @@ def by_calls(layer, x, monkeypatch):
         ((2, 5, 8), {"output_shape": (3, 2)}),
         ((2, 3, 4, 8), {}),
         ((0, 5, 8), {}),
+        ((1, 3, 8), {}),
+        ((1, 3, 8), {"use_bias": False}),
+        ((1, 3, 8), {"output_shape": (3, 2)}),
     ],
-    ids=["plain", "no bias", "gate", "output of two axes", "two positions", "no batch"],
+    ids=[
+        "plain",
+        "no bias",
+        "gate",
+        "output of two axes",
+        "two positions",
+        "no batch",
+        "few tokens",
+        "few tokens and no bias",
+        "few tokens and output of two axes",
+    ],
 )
 def test_products_are_what_calls_give(shape, options, monkeypatch):
     layer, x = built(shape, **options), random(*shape)
@@ -82,6 +97,25 @@ def test_nor_does_an_eager_gradient(monkeypatch):
     monkeypatch.setattr(backends.current(), "is_better_multiplied", lambda x: False)
     np.testing.assert_allclose(found, gradient(x), rtol=1e-4, atol=1e-5)
     assert len(called) == 4
+
+
+@only_jax
+def test_a_compiled_gradient_of_few_tokens_moves_no_kernel():
+    import jax
+
+    layer = built((1, 5, 32))
+    weights = [variable.value for variable in layer.trainable_variables]
+
+    def loss(weights, x):
+        given = zip(layer.trainable_variables, weights, strict=True)
+        with keras.StatelessScope(state_mapping=given):
+            return (layer(x) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    program = gradient.lower(weights, random(1, 5, 32)).compile().as_text()
+    moved = re.findall(r"f32\[([\d,]*)\]\S* (?:transpose|copy)\(", program)
+    assert moved
+    assert not {"32,2,4", "2,4,32", "32,8", "8,32"} & set(moved)
 
 
 def counted_calls(monkeypatch):
