@@ -7,7 +7,7 @@ import pytest
 
 from keras_mha.kernels import backends, dropout
 from keras_mha.masks import Tile
-from tests.helpers import only_jax, to_numpy, to_tensor
+from tests.helpers import only_jax, only_tensorflow, to_numpy, to_tensor
 
 
 def kept(rate=0.5, seed=(1, 2), heads=3, rows=64, columns=64, row=0, column=0):
@@ -92,3 +92,34 @@ def test_eagerly_the_bits_come_of_one_program(monkeypatch):
     first = kept()
     monkeypatch.setattr(dropout, "_mixed", None)  # no Python is run again
     np.testing.assert_array_equal(kept(), first)
+
+
+def test_many_bits_are_those_of_the_definition():
+    given = {"rate": 0.1, "seed": (5, -6), "heads": 2, "rows": 384, "columns": 400}
+    np.testing.assert_array_equal(kept(**given), expected_kept(**given))
+
+
+@only_tensorflow
+@pytest.mark.parametrize(
+    ("heads", "length", "is_compiled"),
+    [(2, 512, True), (2, 16, False), (None, 512, False)],
+    ids=["many", "few", "of an unknown number of heads"],
+)
+def test_many_bits_come_of_one_compiled_program(heads, length, is_compiled):
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((heads, 1, 1), tf.int32)])
+    def bits(head_index):
+        tile = Tile(0, length, 0, length)
+        return dropout.kept(tf.constant([1, 2]), 0.5, head_index, tile)
+
+    operations = bits.get_concrete_function().graph.get_operations()
+    calls = [x for x in operations if "PartitionedCall" in x.type]
+    assert [x.get_attr("_XlaMustCompile") for x in calls] == [True] * is_compiled
+
+
+@only_tensorflow
+def test_many_lengths_are_not_warned_of(caplog):
+    for rows in range(520, 530):
+        kept(heads=1, rows=rows, columns=512)
+    assert "retracing" not in caplog.text
