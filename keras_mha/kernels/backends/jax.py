@@ -180,7 +180,10 @@ def is_computed_now(x: Any) -> bool:
 
 def is_better_multiplied(x: Any) -> bool:
     """Whether `multiplied` is better than a call of the layer that does the same."""
-    return True  # in programs too: the kernel's gradient comes as it is stored
+    # In programs too, see `_is_better_joined`; of half types a layer's call keeps the
+    # gradient's products in them.
+    is_half = x.dtype.itemsize <= 2
+    return is_better_as_program() or (_is_alone_on_cpu(x) and not is_half)
 
 
 def is_called_plainly(layer: Any) -> bool:
@@ -205,9 +208,12 @@ def _is_better_joined(x, kernel):
     is stored, and is else transposed and copied, which takes up to half of a training
     step of one short sequence. Of long ones that is little."""
     is_known = all(isinstance(size, int) for size in x.shape)
-    # Axes that are joined are no longer shared out over devices.
-    is_alone_on_cpu = device_kind(x) == "cpu" and device_count() == 1
-    return is_alone_on_cpu and is_known and x.size <= kernel.size
+    return _is_alone_on_cpu(x) and is_known and x.size <= kernel.size
+
+
+def _is_alone_on_cpu(x):
+    """Whether no axis can be shared out over devices; such are not to be joined."""
+    return device_kind(x) == "cpu" and device_count() == 1
 
 
 def row_max(x: Any) -> Any:
