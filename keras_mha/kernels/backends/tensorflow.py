@@ -40,8 +40,8 @@ FEATURES_OF_ROWS = 2
 # of a batch of 8.
 FEW_SCORES = FewScores(in_all=64 * 704**2, least=640**2, most=1024**2)
 
-# From how many numbers on XLA's program of `as_one_program` takes less time, even with
-# that of compiling it, about 0.1 s: it goes over them once and takes a quarter.
+# From how many numbers on `as_one_program` has XLA compile one, which takes about 0.1 s
+# once: it then goes over them once, and takes a quarter of the time.
 _MANY_NUMBERS = 2**18
 
 
