@@ -17,6 +17,7 @@ from keras_mha.kernels.backends.tensorflow_differentiable import (
     unrecorded,
     with_derivatives_of,
 )
+from keras_mha.kernels.backends.tensorflow_few_rows import product as few_rows_product
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
 from keras_mha.kernels.backends.tensorflow_repeated import repeated
 from keras_mha.kernels.few_scores import FewScores
@@ -186,7 +187,8 @@ def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
     """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
     shape = (*shape_of(x)[: len(x.shape) - axes], *kernel.shape[axes:])
     width, out = math.prod(kernel.shape[:axes]), math.prod(kernel.shape[axes:])
-    y = tf.matmul(_reshaped(x, (-1, width)), _reshaped(kernel, (width, out)))
+    product = few_rows_product if device_kind(x) == "cpu" else tf.matmul
+    y = product(_reshaped(x, (-1, width)), _reshaped(kernel, (width, out)))
     if bias is not None:
         y = tf.nn.bias_add(y, _reshaped(bias, (-1,)))
     return _reshaped(y, shape)
