@@ -11,8 +11,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_mha.kernels.backends.tensorflow_differentiable import in_forward_mode
-
 # Up to how many rows are few, and how many numbers a kernel has at least for each: what
 # pays on a CPU, measured with 1 to 1024 rows and kernels of 128 x 128 to 1024 x 1024.
 _MOST_ROWS = 256
@@ -21,7 +19,7 @@ _NUMBERS_A_ROW = 1024
 
 def product(x: Any, kernel: Any) -> Any:
     """Returns `x . kernel` of tensors of shapes `(rows, width)` and `(width, out)`."""
-    if _is_of_few_rows(x, kernel) and not in_forward_mode([x, kernel]):
+    if _is_of_few_rows(x, kernel):
         return _of_few_rows(x, kernel)
     return tf.matmul(x, kernel)
 
