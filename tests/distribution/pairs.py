@@ -7,11 +7,40 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 # The processes speak over loopback, whatever the machine's name leads to.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 SECONDS = 300  # for all that a pair does
 ATTEMPTS = 2
+
+
+def run_pair_once(module: str, folders: pytest.TempPathFactory) -> Path:
+    """Returns the folder that a pair wrote to, one for all workers of a run of tests.
+
+    Two pairs at a time would wait four times as long for a processor.
+
+    Args:
+        module: As of `run_pair`.
+        folders: Makes the folder.
+
+    Raises:
+        AssertionError: As of `run_pair`.
+    """
+
+    def new_folder() -> Path:
+        return folders.mktemp(module)
+
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:  # a run without workers
+        return run_pair(module, new_folder)
+    note = folders.getbasetemp().parent / f"{module}-{run}"
+    with filelock.FileLock(f"{note}.lock"):
+        if not note.exists():
+            note.write_text(str(run_pair(module, new_folder)))
+    return Path(note.read_text())
 
 
 def run_pair(module: str, new_folder: Callable[[], Path]) -> Path:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.distribution.pairs import run_pair
+from tests.distribution.pairs import run_pair_once
 
 if keras.backend.backend() != "torch":
     pytest.skip("speaks of the PyTorch backend", allow_module_level=True)
@@ -17,10 +17,8 @@ if not hasattr(experimental, "context_parallel"):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return run_pair(
-        "tests.distribution.context_parallel_worker",
-        lambda: tmp_path_factory.mktemp("context_parallel"),
-    )
+    module = "tests.distribution.context_parallel_worker"
+    return run_pair_once(module, tmp_path_factory)
 
 
 @pytest.mark.parametrize(

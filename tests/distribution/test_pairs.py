@@ -52,3 +52,42 @@ def test_processes_that_hang_are_killed(run, monkeypatch):
     monkeypatch.setattr(pairs, "SECONDS", 3)
     with pytest.raises(AssertionError, match="process 1 ended with -9"):
         run("import time; time.sleep(60)")
+
+
+@pytest.mark.parametrize(
+    ("run", "count"), [("a run", 1), (None, 2)], ids=["workers", "no workers"]
+)
+def test_workers_of_a_run_share_a_pair(run, count, tmp_path_factory, monkeypatch):
+    pair, name = [], "PYTEST_XDIST_TESTRUNUID"
+    base = tmp_path_factory.mktemp("base")
+    monkeypatch.setattr(tmp_path_factory, "_basetemp", base / "worker")
+    (base / "worker").mkdir()
+    monkeypatch.delenv(name, raising=False)
+    if run is not None:
+        monkeypatch.setenv(name, run)
+
+    def run_pair(module, new_folder):
+        pair.append(new_folder())
+        return pair[-1]
+
+    monkeypatch.setattr(pairs, "run_pair", run_pair)
+    found = [pairs.run_pair_once("a_pair", tmp_path_factory) for _ in range(2)]
+    assert found == (pair if run is None else 2 * pair)
+    assert len(pair) == count
+
+
+def test_a_pair_that_failed_is_not_shared(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.mktemp("run").name)
+    answers = iter([AssertionError("no peer"), "a folder"])
+
+    def run_pair(module, new_folder):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(pairs, "run_pair", run_pair)
+    with pytest.raises(AssertionError, match="no peer"):
+        pairs.run_pair_once("a_failing_pair", tmp_path_factory)
+    found = pairs.run_pair_once("a_failing_pair", tmp_path_factory)
+    assert str(found) == "a folder"

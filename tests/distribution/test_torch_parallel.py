@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.distribution.pairs import run_pair
+from tests.distribution.pairs import run_pair_once
 
 pytestmark = pytest.mark.once
 
@@ -45,10 +45,8 @@ def found(tmp_path_factory):
     torch = pytest.importorskip("torch.distributed.fsdp", exc_type=ImportError)
     if not hasattr(torch, "fully_shard"):
         pytest.skip("this torch has no FSDP2")
-    folder = run_pair(
-        "tests.distribution.torch_parallel_worker",
-        lambda: tmp_path_factory.mktemp("torch_parallel"),
-    )
+    module = "tests.distribution.torch_parallel_worker"
+    folder = run_pair_once(module, tmp_path_factory)
     return json.loads((folder / "found.json").read_text())
 
 
