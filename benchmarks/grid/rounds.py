@@ -11,7 +11,7 @@ from keras_mha.bench.timing import summary
 ENOUGH = ((0.5, 10), (2.0, 5), (8.0, 3))
 # Until then they go on while the ratio's median is not known to a hundredth: calls of a
 # millisecond scatter by a tenth and more.
-PATIENCE = 2.0  # seconds
+PATIENCE = 8.0  # seconds
 KNOWN = 0.01
 MOST = 1000
 
