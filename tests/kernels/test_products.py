@@ -7,7 +7,7 @@ import pytest
 from keras import ops
 
 from keras_mha.kernels import backends
-from tests.helpers import only_jax
+from tests.helpers import only_jax, only_tensorflow
 
 LENGTHS = {"b": 2, "s": 5, "k": 2, "g": 3, "h": 7, "v": 4, "d": 6}
 
@@ -52,3 +52,36 @@ def test_only_products_that_are_not_small_are_brought_into_order(length, transpo
     product = functools.partial(backends.current().product, "btnh,bsnh->bnts")
     operations = [eqn.primitive.name for eqn in jax.make_jaxpr(product)(x, x).eqns]
     assert (len(operations) > 1) == transposed
+
+
+@only_tensorflow
+@pytest.mark.parametrize(
+    ("lengths", "is_key_first"),
+    [((16, 64), True), ((65, 16), False), ((16, 65), False), ((None, 16), False)],
+    ids=["short", "many queries", "many keys", "an unknown number of queries"],
+)
+def test_graphs_multiply_keys_of_short_sequences_by_queries(lengths, is_key_first):
+    import tensorflow as tf
+
+    random = np.random.default_rng(0).normal
+    shapes = [(2, length, 3, 4) for length in lengths]
+    query, key = (
+        random(size=[length or 5 for length in shape]).astype("float32")
+        for shape in shapes
+    )
+
+    @tf.function(input_signature=[tf.TensorSpec(shape) for shape in shapes])
+    def product(query, key):
+        return backends.current().product("btnh,bsnh->bnts", query, key)
+
+    np.testing.assert_allclose(
+        product(query, key), np.einsum("btnh,bsnh->bnts", query, key), atol=1e-5
+    )
+    operations = product.get_concrete_function().graph.get_operations()
+    orders = [
+        tuple(tf.get_static_value(operation.inputs[1]))
+        for operation in operations
+        if operation.type == "Transpose"
+    ]
+    assert ((0, 1, 3, 2) in orders) == is_key_first
+    assert ((0, 2, 3, 1) in orders) != is_key_first
