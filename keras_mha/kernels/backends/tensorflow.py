@@ -181,8 +181,8 @@ def _are_short(query, key):
 def _key_dot_query(key, query):
     """Returns `(B, S, N, H), (B, T, N, H) -> (B, N, T, S)`.
 
-    `einsum` would bring the key into the order `(B, N, H, S)`, and in XLA's programs the
-    gradients' products of few rows would read transposed factors: both take longer.
+    `einsum` would bring the key into the order `(B, N, H, S)`, and in XLA's programs
+    gradients would be products of transposed factors: of few rows, both take longer.
     """
     key, query = (tf.transpose(x, (0, 2, 1, 3)) for x in (key, query))
     return tf.transpose(tf.matmul(key, query, transpose_b=True), (0, 1, 3, 2))
