@@ -39,7 +39,9 @@ def run_pair_once(module: str, folders: pytest.TempPathFactory) -> Path:
     note = folders.getbasetemp().parent / f"{module}-{run}"
     with filelock.FileLock(f"{note}.lock"):
         if not note.exists():
-            note.write_text(str(run_pair(module, new_folder)))
+            written = Path(f"{note}.written")
+            written.write_text(str(run_pair(module, new_folder)))
+            written.replace(note)  # which is never there in part
     return Path(note.read_text())
 
 

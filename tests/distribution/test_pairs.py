@@ -54,14 +54,30 @@ def test_processes_that_hang_are_killed(run, monkeypatch):
         run("import time; time.sleep(60)")
 
 
+class FoldersOfWorker:
+    """Makes folders as pytest's `tmp_path_factory` does in one of several workers."""
+
+    def __init__(self, folder):
+        self._base = folder / "worker"
+        self._base.mkdir()
+        self._made = 0
+
+    def getbasetemp(self):
+        return self._base
+
+    def mktemp(self, name):
+        self._made += 1
+        folder = self._base / f"{name}{self._made}"
+        folder.mkdir()
+        return folder
+
+
 @pytest.mark.parametrize(
     ("run", "count"), [("a run", 1), (None, 2)], ids=["workers", "no workers"]
 )
-def test_workers_of_a_run_share_a_pair(run, count, tmp_path_factory, monkeypatch):
+def test_workers_of_a_run_share_a_pair(run, count, tmp_path, monkeypatch):
     pair, name = [], "PYTEST_XDIST_TESTRUNUID"
-    base = tmp_path_factory.mktemp("base")
-    monkeypatch.setattr(tmp_path_factory, "_basetemp", base / "worker")
-    (base / "worker").mkdir()
+    worker = FoldersOfWorker(tmp_path)
     monkeypatch.delenv(name, raising=False)
     if run is not None:
         monkeypatch.setenv(name, run)
@@ -71,13 +87,14 @@ def test_workers_of_a_run_share_a_pair(run, count, tmp_path_factory, monkeypatch
         return pair[-1]
 
     monkeypatch.setattr(pairs, "run_pair", run_pair)
-    found = [pairs.run_pair_once("a_pair", tmp_path_factory) for _ in range(2)]
+    found = [pairs.run_pair_once("a_pair", worker) for _ in range(2)]
     assert found == (pair if run is None else 2 * pair)
     assert len(pair) == count
 
 
-def test_a_pair_that_failed_is_not_shared(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", tmp_path_factory.mktemp("run").name)
+def test_a_pair_that_failed_is_not_shared(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_XDIST_TESTRUNUID", "a run")
+    worker = FoldersOfWorker(tmp_path)
     answers = iter([AssertionError("no peer"), "a folder"])
 
     def run_pair(module, new_folder):
@@ -88,6 +105,6 @@ def test_a_pair_that_failed_is_not_shared(tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(pairs, "run_pair", run_pair)
     with pytest.raises(AssertionError, match="no peer"):
-        pairs.run_pair_once("a_failing_pair", tmp_path_factory)
-    found = pairs.run_pair_once("a_failing_pair", tmp_path_factory)
+        pairs.run_pair_once("a_failing_pair", worker)
+    found = pairs.run_pair_once("a_failing_pair", worker)
     assert str(found) == "a folder"

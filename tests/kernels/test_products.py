@@ -56,15 +56,23 @@ def test_only_products_that_are_not_small_are_brought_into_order(length, transpo
 
 @only_tensorflow
 @pytest.mark.parametrize(
-    ("lengths", "is_key_first"),
-    [((16, 64), True), ((65, 16), False), ((16, 65), False), ((None, 16), False)],
-    ids=["short", "many queries", "many keys", "an unknown number of queries"],
+    ("lengths", "width", "is_key_first"),
+    [
+        ((16, 32), 64, True),
+        ((33, 16), 64, False),
+        ((16, 33), 64, False),
+        ((16, 17), 16, False),
+        ((None, 16), 64, False),
+    ],
+    ids=["short", "many queries", "many keys", "narrow heads", "unknown queries"],
 )
-def test_graphs_multiply_keys_of_short_sequences_by_queries(lengths, is_key_first):
+def test_graphs_multiply_keys_of_short_sequences_by_queries(
+    lengths, width, is_key_first
+):
     import tensorflow as tf
 
     random = np.random.default_rng(0).normal
-    shapes = [(2, length, 3, 4) for length in lengths]
+    shapes = [(2, length, 3, width) for length in lengths]
     query, key = (
         random(size=[length or 5 for length in shape]).astype("float32")
         for shape in shapes

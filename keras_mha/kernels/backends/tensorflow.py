@@ -17,7 +17,6 @@ from keras_mha.kernels.backends.tensorflow_differentiable import (
     unrecorded,
     with_derivatives_of,
 )
-from keras_mha.kernels.backends.tensorflow_few_rows import product as few_rows_product
 from keras_mha.kernels.backends.tensorflow_recomputing import drawn
 from keras_mha.kernels.backends.tensorflow_repeated import repeated
 from keras_mha.kernels.few_scores import FewScores
@@ -41,9 +40,9 @@ FEATURES_OF_ROWS = 2
 # of a batch of 8.
 FEW_SCORES = FewScores(in_all=64 * 704**2, least=640**2, most=1024**2)
 
-# Up to how many tokens `_key_dot_query` is faster than `einsum`: a training step of one
-# sequence of 16 to 64 takes 0.7 to 0.93 of the time, one of 128 tokens 1.04.
-_SHORT = 64
+# Up to how many tokens `_key_dot_query` is better than `einsum` on a CPU, in a graph: a
+# training step of one sequence takes 0.7 to 0.9 of the time, one of 128 tokens 1.04.
+_SHORT = 32
 
 # From how many numbers on `as_one_program` has XLA compile one, which takes about 0.1 s
 # once: it then goes over them once, and takes a quarter of the time.
@@ -172,17 +171,18 @@ def product(equation: str, x: Any, y: Any) -> Any:
 
 
 def _are_short(query, key):
-    """Whether sequences are so short that `_key_dot_query` is better, in a graph."""
-    lengths = query.shape[1], key.shape[1]
-    known = not tf.executing_eagerly() and None not in lengths
-    return known and max(lengths) <= _SHORT
+    """Whether sequences are so short that `_key_dot_query` is better."""
+    lengths, width = (query.shape[1], key.shape[1]), query.shape[3]
+    if tf.executing_eagerly() or None in lengths or device_kind(query) != "cpu":
+        return False
+    # Its scores, which are transposed, are then no more than the keys' numbers.
+    return max(lengths) <= min(_SHORT, width)
 
 
 def _key_dot_query(key, query):
     """Returns `(B, S, N, H), (B, T, N, H) -> (B, N, T, S)`.
 
-    `einsum` would bring the key into the order `(B, N, H, S)`, and in XLA's programs
-    gradients would be products of transposed factors: of few rows, both take longer.
+    `einsum` would bring the key into the order `(B, N, H, S)`, which takes longer.
     """
     key, query = (tf.transpose(x, (0, 2, 1, 3)) for x in (key, query))
     return tf.transpose(tf.matmul(key, query, transpose_b=True), (0, 1, 3, 2))
@@ -209,8 +209,7 @@ def multiplied(x: Any, kernel: Any, bias: Any, axes: int) -> Any:
     """Returns `x . kernel + bias`, a sum over the last `axes` axes of `x`."""
     shape = (*shape_of(x)[: len(x.shape) - axes], *kernel.shape[axes:])
     width, out = math.prod(kernel.shape[:axes]), math.prod(kernel.shape[axes:])
-    product = few_rows_product if device_kind(x) == "cpu" else tf.matmul
-    y = product(_reshaped(x, (-1, width)), _reshaped(kernel, (width, out)))
+    y = tf.matmul(_reshaped(x, (-1, width)), _reshaped(kernel, (width, out)))
     if bias is not None:
         y = tf.nn.bias_add(y, _reshaped(bias, (-1,)))
     return _reshaped(y, shape)
