@@ -63,8 +63,16 @@ def test_only_products_that_are_not_small_are_brought_into_order(length, transpo
         ((16, 33), 64, False),
         ((16, 17), 16, False),
         ((None, 16), 64, False),
+        ((16, 16), None, False),
     ],
-    ids=["short", "many queries", "many keys", "narrow heads", "unknown queries"],
+    ids=[
+        "short",
+        "many queries",
+        "many keys",
+        "narrow heads",
+        "unknown queries",
+        "unknown width",
+    ],
 )
 def test_graphs_multiply_keys_of_short_sequences_by_queries(
     lengths, width, is_key_first

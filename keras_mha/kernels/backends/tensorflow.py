@@ -172,11 +172,12 @@ def product(equation: str, x: Any, y: Any) -> Any:
 
 def _are_short(query, key):
     """Whether sequences are so short that `_key_dot_query` is better."""
-    lengths, width = (query.shape[1], key.shape[1]), query.shape[3]
-    if tf.executing_eagerly() or None in lengths or device_kind(query) != "cpu":
+    rows, columns, width = query.shape[1], key.shape[1], query.shape[3]
+    is_known = None not in (rows, columns, width)
+    if tf.executing_eagerly() or not is_known or device_kind(query) != "cpu":
         return False
     # Its scores, which are transposed, are then no more than the keys' numbers.
-    return max(lengths) <= min(_SHORT, width)
+    return max(rows, columns) <= min(_SHORT, width)
 
 
 def _key_dot_query(key, query):
