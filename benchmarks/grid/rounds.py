@@ -1,9 +1,10 @@
-"""Times two functions in turns, for as long as it pays."""
+"""Times functions of two kinds in turns, for as long as it pays."""
 
 import math
 import random
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from keras_mha.bench.timing import summary
 
@@ -17,37 +18,45 @@ MOST = 1000
 
 
 def compare(
-    functions: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Sequence[Callable[[], object]]],
     warm_ups: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
-    """Times two functions in interleaved rounds, and how many times as long the second
-    takes.
+    """Times functions of two names in interleaved rounds, and how many times as long
+    those of the second take.
 
-    Rounds go on until there are `ENOUGH` and the median is known or `PATIENCE` at its
-    end; their order changes from one to the next.
+    A round calls all, in an order that changes, and takes the median of each name's.
+    Rounds go on until there are `ENOUGH` and the ratio's median is known to `KNOWN`, or
+    `PATIENCE` is at its end; of several functions a name to as many times less, and as
+    many times longer.
 
     Args:
-        functions: Two, by name; each must return only when its work is done.
+        functions: By name one function or several that do the same; each must return
+            only when its work is done.
         warm_ups: Integer, how often each is called beforehand, which the first time
             compiles it.
         clock: Returns the seconds now.
 
     Returns:
-        For each name its `Times` and `"first"`, the seconds of its first call; for
-        `"ratio"` median and quartiles of the rounds' ratios.
+        For each name its `Times` and `"first"`, the seconds of the first call of its
+        first function; for `"ratio"` median and quartiles of the rounds' ratios.
     """
-    first = {name: _seconds(function, clock) for name, function in functions.items()}
-    for function in list(functions.values()) * (warm_ups - 1):
+    every = [(name, each) for name in functions for each in functions[name]]
+    copies = len(every) // len(functions)
+    warm = [(name, _seconds(function, clock)) for name, function in every]
+    first = dict(reversed(warm))
+    for _, function in every * (warm_ups - 1):
         function()
     found: dict[str, list[float]] = {name: [] for name in functions}
     shuffle = random.Random(0).shuffle
     begin = clock()
-    while not _suffices(clock() - begin, ratios := _ratios(found)):
-        order = list(functions)
-        shuffle(order)
-        for name in order:
-            found[name].append(_seconds(functions[name], clock))
+    while not _suffices(clock() - begin, ratios := _ratios(found), copies):
+        shuffle(every)
+        taken: dict[str, list[float]] = {name: [] for name in functions}
+        for name, function in every:
+            taken[name].append(_seconds(function, clock))
+        for name, seconds in taken.items():
+            found[name].append(statistics.median(seconds))
     result = {
         name: summary(seconds)._asdict() | {"first": first[name]}
         for name, seconds in found.items()
@@ -61,20 +70,20 @@ def _ratios(found: Mapping[str, list[float]]) -> list[float]:
     return [b / a for a, b in zip(*found.values(), strict=True)]
 
 
-def _suffices(seconds: float, ratios: list[float]) -> bool:
+def _suffices(seconds: float, ratios: list[float], copies: int) -> bool:
     rounds = len(ratios)
     if rounds >= MOST:
         return True
     enough = any(seconds >= passed and rounds >= least for passed, least in ENOUGH)
-    return enough and (seconds >= PATIENCE or _is_known(ratios))
+    patience, known = PATIENCE * copies, KNOWN / copies
+    return enough and (seconds >= patience or _error(ratios) <= known)
 
 
-def _is_known(ratios: list[float]) -> bool:
-    """Whether the median's standard error is small, from the quartiles as if the ratios
+def _error(ratios: list[float]) -> float:
+    """The median's standard error as a part of it, from the quartiles as if the ratios
     were normally distributed: 1.25 standard deviations by the root of the number."""
     median, low, high, rounds = summary(ratios)
-    error = 1.25 * (high - low) / 1.35 / math.sqrt(rounds)
-    return error <= KNOWN * median
+    return 1.25 * (high - low) / 1.35 / math.sqrt(rounds) / median
 
 
 def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:

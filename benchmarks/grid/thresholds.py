@@ -85,7 +85,7 @@ def measure_point(point: Point) -> dict[str, Any]:
         for name in (TILES, WHOLE)
     }
     times = {
-        name: compare({who: pair[i] for who, pair in pairs.items()})
+        name: compare({who: [pair[i]] for who, pair in pairs.items()})
         for i, name in enumerate(PASSES)
     }
     return {"name": point.name, "point": point.config, "times": times}

@@ -137,6 +137,30 @@ def test_a_cell_is_measured(kind, program, monkeypatch):
         assert times["ratio"]["median"] == pytest.approx(ratio, rel=1e-2)
 
 
+@once
+def test_what_is_slower_is_timed_again_with_three_of_each_layer(monkeypatch):
+    given = []
+
+    def compare(functions, warm_ups):
+        """At first ours takes twice as long in training, and then as long."""
+        copies = [len(each) for each in functions.values()]
+        given.append((copies, [len(set(map(id, each))) for each in functions.values()]))
+        ratio = 0.5 if len(given) == 2 else 1.0
+        median = {"median": 1.0, "first": 10.0 * len(given)}
+        return {
+            "keras_mha": dict(median),
+            "keras": dict(median),
+            "ratio": {"median": ratio},
+        }
+
+    monkeypatch.setattr(worker, "compare", compare)
+    found = worker.measure_cell(small("plain", "eager"))["times"]
+    assert given == [([1, 1], [1, 1]), ([1, 1], [1, 1]), ([3, 3], [3, 3])]
+    assert found["training"]["ratio"]["median"] == 1.0
+    assert found["training"]["keras"]["first"] == 20.0  # not of a cell compiled before
+    assert found["forward"]["keras"]["first"] == 10.0
+
+
 @pytest.mark.parametrize("kind", thresholds.kinds(BACKEND))
 def test_tiles_and_whole_scores_are_compared_where_no_kernel_is_fused(
     kind, monkeypatch
@@ -165,7 +189,7 @@ def timed(ours, theirs, compiling=0.0):
 
         return call
 
-    functions = {"keras_mha": function(ours), "keras": function(theirs)}
+    functions = {"keras_mha": [function(ours)], "keras": [function(theirs)]}
     return rounds.compare(functions, clock=lambda: now[0])
 
 
@@ -195,19 +219,42 @@ def test_rounds_go_on_while_the_median_is_not_known():
     def theirs():
         now[0] += next(scattered)
 
-    functions = {"keras_mha": ours, "keras": theirs}
+    functions = {"keras_mha": [ours], "keras": [theirs]}
     found = rounds.compare(functions, clock=lambda: now[0])
     assert found["ratio"]["rounds"] > 300  # of 5 ms each, where 0.5 s are the least
 
 
-def test_rounds_end_where_the_median_stays_unknown():
+@pytest.mark.parametrize("copies", [1, 3])
+def test_rounds_end_where_the_median_stays_unknown(copies):
     now, scattered = [0.0], random.Random(0)
 
     def call():
         now[0] += scattered.choice([0.02, 0.4])
 
-    rounds.compare({"keras_mha": call, "keras": call}, clock=lambda: now[0])
-    assert rounds.PATIENCE <= now[0] < 2 * rounds.PATIENCE
+    functions = {"keras_mha": [call] * copies, "keras": [call] * copies}
+    found = rounds.compare(functions, clock=lambda: now[0])
+    patience = copies * rounds.PATIENCE
+    assert patience <= now[0] < patience + copies * rounds.PATIENCE
+    assert found["ratio"]["rounds"] > 10
+
+
+def test_of_several_functions_a_round_takes_the_median():
+    now = [0.0]
+
+    def function(seconds):
+        def call():
+            now[0] += seconds
+
+        return call
+
+    functions = {
+        "keras_mha": [function(x) for x in (0.1, 0.2, 0.9)],
+        "keras": [function(x) for x in (0.1, 0.3, 0.4)],
+    }
+    found = rounds.compare(functions, clock=lambda: now[0])
+    assert found["ratio"]["median"] == pytest.approx(1.5)
+    assert found["keras_mha"]["median"] == pytest.approx(0.2)
+    assert found["keras_mha"]["first"] == pytest.approx(0.1)
 
 
 # ----------------------------------------------------------------- what is kept
