@@ -35,8 +35,10 @@ GRID = {
     ", eager |": "，即时执行 |",
     ", compiled |": "，编译 |",
     ", xla |": "，XLA |",
-    "float32; medians (and quartiles) of the ratios of interleaved rounds.": (
-        "float32；表中为交错轮次比值的中位数（及四分位数）。"
+    "float32; medians (and quartiles) of the ratios of interleaved rounds. Where this "
+    "layer came out slower it was timed again, three of each layer in turns.": (
+        "float32；表中为交错轮次比值的中位数（及四分位数）。本层测得较慢之处又重新计时，"
+        "两种层各建三个，轮流运行。"
     ),
 }
 # Longest first, so that no phrase is taken apart by a part of it.

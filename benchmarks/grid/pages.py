@@ -193,5 +193,6 @@ def _machine(found: dict[str, kept.Kept]) -> str:
     return (
         f"{machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB; Keras {machine['keras']}, {versions}. float32; "
-        "medians (and quartiles) of the ratios of interleaved rounds."
+        "medians (and quartiles) of the ratios of interleaved rounds. Where this layer "
+        "came out slower it was timed again, three of each layer in turns."
     )
