@@ -26,9 +26,8 @@ def compare(
     those of the second take.
 
     A round calls all, in an order that changes, and takes the median of each name's.
-    Rounds go on until there are `ENOUGH` and the ratio's median is known to `KNOWN`, or
-    `PATIENCE` is at its end; of several functions a name to as many times less, and as
-    many times longer.
+    With `n` functions a name, rounds go on until there are `ENOUGH` and the ratio's
+    median is known to `KNOWN / n`, or `n * PATIENCE` has passed.
 
     Args:
         functions: By name one function or several that do the same; each must return
