@@ -51,7 +51,8 @@ def cut(ratio: float) -> str:
 def compile_seconds(
     found: Kept, program: str, run: str, longest: int
 ) -> Iterator[tuple[Cell, float, float]]:
-    """Yields what our layer's first call takes beyond a later one, and Keras's.
+    """Yields what our layer's first call takes beyond a later one, and Keras's, where
+    it is more than what the quartiles of later ones are apart.
 
     Args:
         found: What is kept of a backend.
@@ -62,9 +63,8 @@ def compile_seconds(
     for record in found.found.values():
         cell = Cell(**record["cell"])
         if cell.program == program and cell.length <= longest:
-            times = record["times"][run]
-            ours, theirs = (
-                times[who]["first"] - times[who]["median"] for who in (OURS, KERAS)
-            )
-            if ours > 0 and theirs > 0:  # else noise is all there is
+            both = [record["times"][run][who] for who in (OURS, KERAS)]
+            ours, theirs = (times["first"] - times["median"] for times in both)
+            noise = max(times["high"] - times["low"] for times in both)
+            if min(ours, theirs) > noise:
                 yield cell, ours, theirs

@@ -10,8 +10,8 @@ from keras_mha.bench.timing import summary
 
 # What suffices: so many rounds once so many seconds have passed. Slow calls take few.
 ENOUGH = ((0.5, 10), (2.0, 5), (8.0, 3))
-# Until then they go on while the ratio's median is not known to a hundredth: calls of a
-# millisecond scatter by a tenth and more.
+# Until then they go on while the ratio's median is not known to a hundredth (of several
+# copies to as many times less): calls of a millisecond scatter by a tenth and more.
 PATIENCE = 8.0  # seconds
 KNOWN = 0.01
 MOST = 1000
@@ -26,24 +26,27 @@ def compare(
     those of the second take.
 
     A round calls all, in an order that changes, and takes the median of each name's.
-    With `n` functions a name, rounds go on until there are `ENOUGH` and the ratio's
-    median is known to `KNOWN / n`, or `n * PATIENCE` has passed.
+    With `n` functions a name, rounds go on until there are `ENOUGH` of them and either
+    the ratio's median is known to `KNOWN / n` or `n * PATIENCE` has passed, or until
+    there are `MOST`.
 
     Args:
-        functions: By name one function or several that do the same; each must return
-            only when its work is done.
+        functions: By name one function or several that do the same, of both names as
+            many; each must return only when its work is done.
         warm_ups: Integer, how often each is called beforehand, which the first time
             compiles it.
         clock: Returns the seconds now.
 
     Returns:
-        For each name its `Times` and `"first"`, the seconds of the first call of its
-        first function; for `"ratio"` median and quartiles of the rounds' ratios.
+        For each name the `Times` of its rounds and `"first"`, the seconds of the first
+        call of its first function; for `"ratio"` median and quartiles of the rounds'
+        ratios, and `"copies"`, the number of functions a name.
     """
+    (copies,) = {len(each) for each in functions.values()}
     every = [(name, each) for name in functions for each in functions[name]]
-    copies = len(every) // len(functions)
-    warm = [(name, _seconds(function, clock)) for name, function in every]
-    first = dict(reversed(warm))
+    first: dict[str, float] = {}
+    for name, function in every:
+        first.setdefault(name, _seconds(function, clock))
     for _, function in every * (warm_ups - 1):
         function()
     found: dict[str, list[float]] = {name: [] for name in functions}
@@ -60,7 +63,7 @@ def compare(
         name: summary(seconds)._asdict() | {"first": first[name]}
         for name, seconds in found.items()
     }
-    result["ratio"] = summary(ratios)._asdict()
+    result["ratio"] = summary(ratios)._asdict() | {"copies": copies}
     return {name: _rounded(numbers) for name, numbers in result.items()}
 
 

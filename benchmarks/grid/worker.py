@@ -7,27 +7,32 @@ python -m benchmarks.grid.worker thresholds  # points, likewise
 import gc
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
+from benchmarks.contestants import Contestant
 from benchmarks.grid import layers, thresholds
 from benchmarks.grid.cells import PASSES, Cell
 from benchmarks.grid.rounds import compare
 from keras_mha.bench import machine
 
-COPIES = 3  # of each layer, where ours comes out slower
+# What is under this many times as fast as Keras's layer is timed again, with so many of
+# each layer.
+EQUAL = 1.0
+COPIES = 3
 
 
 def measure_cell(cell: Cell) -> dict[str, Any]:
     """Times both layers of a cell, forward and in training.
 
-    Equal programs differ by some hundredths by where their numbers lie in memory. So
-    what comes out slower than Keras's is timed again, of each layer made three times.
+    Equal programs differ by some hundredths, by where their numbers lie in memory. So
+    what comes out slower than Keras's is timed again, with each layer made three times.
     """
     made = [layers.contestants(cell)]
     times = _times(cell, made, PASSES)
-    slower = [run for run in PASSES if times[run]["ratio"]["median"] < 1.0]
+    slower = [run for run in PASSES if times[run]["ratio"]["median"] < EQUAL]
     if slower:
         made += [layers.contestants(cell) for _ in range(COPIES - 1)]
     for run, again in _times(cell, made, slower).items():
@@ -37,8 +42,10 @@ def measure_cell(cell: Cell) -> dict[str, Any]:
     return {"name": cell.name, "cell": cell.config, "times": times}
 
 
-def _times(cell, made, runs):
-    """Times what was made of a cell, `{run: {name: numbers}}`."""
+def _times(
+    cell: Cell, made: list[dict[str, Contestant]], runs: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Times some of `PASSES` of a cell's layers, of all that were made in turns."""
     # `torch.compile` may compile again in the second call, and in no later one.
     is_torch = keras.backend.backend() == "torch"
     warm_ups = 2 if is_torch and cell.program == "compiled" else 1

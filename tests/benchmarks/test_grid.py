@@ -263,9 +263,10 @@ def test_of_several_functions_a_round_takes_the_median():
 def made_up(cell, ratio=2.0, first=1.0):
     """The result of a cell in which Keras's layer takes `ratio` times as long."""
     spread = {"low": ratio - 0.1, "median": ratio, "high": ratio + 0.1}
+    quartiles = {"low": 0.4, "high": 0.6}
     times = {
-        "keras_mha": {"median": 0.5, "first": 0.5 + first},
-        "keras": {"median": 0.5 * ratio, "first": 0.5 * ratio + 2.0},
+        "keras_mha": {"median": 0.5, "first": 0.5 + first, **quartiles},
+        "keras": {"median": 0.5 * ratio, "first": 0.5 * ratio + 2.0, **quartiles},
         "ratio": spread,
     }
     times = {"forward": times, "training": times}
@@ -443,6 +444,16 @@ def test_compiling_is_told_where_something_is_compiled(found):
         found["jax"], "compiled", "forward", longest=1024
     )
     assert max(cell.length for cell, *_ in of) == 1024
+
+
+@once
+@pytest.mark.parametrize("first, is_told", [(0.15, False), (0.25, True)])
+def test_compiling_that_noise_hides_is_not_told(first, is_told, tmp_path):
+    made = kept.Kept(tmp_path / "jax.jsonl")
+    cell = Cell("plain", 1, 16, 4, 32, "compiled")
+    made.found[cell.name] = made_up(cell, first=first)  # quartiles 0.2 s apart
+    of = found_by_the_grid.compile_seconds(made, "compiled", "forward", longest=1024)
+    assert bool(list(of)) is is_told
 
 
 @once
