@@ -23,7 +23,15 @@ from benchmarks.grid import (
     thresholds,
     worker,
 )
-from benchmarks.grid.cells import CROSS, KINDS, SHAPES, WIDTHS, Cell, cells
+from benchmarks.grid.cells import (
+    CROSS,
+    KINDS,
+    PASSES,
+    SHAPES,
+    WIDTHS,
+    Cell,
+    cells,
+)
 from keras_mha import info
 from tests.helpers import to_numpy
 
@@ -139,23 +147,33 @@ def test_a_cell_is_measured(kind, program, monkeypatch):
 
 @once
 def test_what_is_slower_is_timed_again_with_three_of_each_layer(monkeypatch):
-    given = []
+    made, calls, given = [], [], []
+
+    def contestants(cell):
+        made.append(copy := len(made))
+        return {who: _pair(who, copy) for who in ("keras_mha", "keras")}
+
+    def _pair(who, copy):
+        return tuple(lambda run=run: calls.append((who, copy, run)) for run in PASSES)
 
     def compare(functions, warm_ups):
         """At first ours takes twice as long in training, and then as long."""
-        copies = [len(each) for each in functions.values()]
-        given.append((copies, [len(set(map(id, each))) for each in functions.values()]))
-        ratio = 0.5 if len(given) == 2 else 1.0
-        median = {"median": 1.0, "first": 10.0 * len(given)}
-        return {
-            "keras_mha": dict(median),
-            "keras": dict(median),
-            "ratio": {"median": ratio},
-        }
+        calls.clear()
+        for each in functions.values():
+            for function in each:
+                function()
+        given.append(list(calls))
+        times = {"median": 1.0, "first": 10.0 * len(given)}
+        ratio = {"median": 0.5 if len(given) == 2 else 1.0}
+        return {"keras_mha": dict(times), "keras": dict(times), "ratio": ratio}
 
+    monkeypatch.setattr(worker.layers, "contestants", contestants)
     monkeypatch.setattr(worker, "compare", compare)
     found = worker.measure_cell(small("plain", "eager"))["times"]
-    assert given == [([1, 1], [1, 1]), ([1, 1], [1, 1]), ([3, 3], [3, 3])]
+    assert given == [
+        [(who, copy, run) for who in ("keras_mha", "keras") for copy in copies]
+        for run, copies in (("forward", [0]), ("training", [0]), ("training", range(3)))
+    ]
     assert found["training"]["ratio"]["median"] == 1.0
     assert found["training"]["keras"]["first"] == 20.0  # not of a cell compiled before
     assert found["forward"]["keras"]["first"] == 10.0
@@ -210,18 +228,28 @@ def test_slow_calls_take_few_rounds_and_fast_ones_many(seconds, count):
     assert found == pytest.approx(count, rel=0.05)
 
 
-def test_rounds_go_on_while_the_median_is_not_known():
-    now, scattered = [0.0], itertools.cycle([0.002, 0.004])
+@pytest.mark.parametrize("copies, count", [(1, 78), (3, 700)])
+def test_rounds_go_on_until_the_median_is_known(copies, count):
+    now, calls = [0.0], []
 
-    def ours():
-        now[0] += 0.002
+    def function(name, seconds):
+        scattered = itertools.cycle(seconds)
 
-    def theirs():
-        now[0] += next(scattered)
+        def call():
+            calls.append(name)
+            now[0] += next(scattered)
 
-    functions = {"keras_mha": [ours], "keras": [theirs]}
-    found = rounds.compare(functions, clock=lambda: now[0])
-    assert found["ratio"]["rounds"] > 300  # of 5 ms each, where 0.5 s are the least
+        return call
+
+    functions = {
+        "keras_mha": [function("keras_mha", [0.004]) for _ in range(copies)],
+        "keras": [function("keras", [0.004, 0.0044]) for _ in range(copies)],
+    }
+    found = rounds.compare(functions, warm_ups=2, clock=lambda: now[0])["ratio"]
+    # 0.5 s are the least, and over long before.
+    assert found["rounds"] == pytest.approx(count, rel=0.1)
+    assert found["copies"] == copies
+    assert calls.count("keras") == copies * (2 + found["rounds"])
 
 
 @pytest.mark.parametrize("copies", [1, 3])
